@@ -1,0 +1,125 @@
+"""The results file ``evaluation.json``: what was measured, how, and with which confidence. Cards are made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hf_quant.errors import EvaluationError
+
+RESULTS_FILE = "evaluation.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Interval(_Strict):
+    """A figure with its 95 % confidence interval (bootstrap over windows)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Protocol(_Strict):
+    """How the accuracy figures were taken (nats; windows do not overlap; the first token of a window is not scored)."""
+
+    windows: int
+    length: int
+    dtype: str
+    device: str
+    seed: int
+    bootstrap_samples: int
+
+
+class NoiseFloor(_Strict):
+    """The float model in ``dtype`` against itself in the protocol's dtype: differences below it mean nothing."""
+
+    dtype: str
+    kl: Interval
+    top1_agreement: Interval
+    perplexity: Interval
+
+
+class TextResult(_Strict):
+    """Float against quantized on one text. ``kl`` is the mean of KL(float || quantized) per token, in nats."""
+
+    name: str
+    source: str
+    sha256: str
+    tokens: int
+    perplexity_float: Interval
+    perplexity_quantized: Interval
+    perplexity_increase_percent: Interval
+    kl: Interval
+    kl_p99: float
+    top1_agreement: Interval
+    noise_floor: NoiseFloor | None
+
+
+class SizeResult(_Strict):
+    """Bytes: files of weights on disk, tensors in memory; bits per weight over the quantized linears only."""
+
+    float_disk_bytes: int
+    quantized_disk_bytes: int
+    float_memory_bytes: int
+    quantized_memory_bytes: int
+    bits_per_weight: float
+
+
+class SpeedResult(_Strict):
+    """Medians of repeated runs in one process on the machine named in ``Environment``."""
+
+    model: Literal["float", "quantized"]
+    dtype: str
+    kernels: dict[str, int]
+    threads: int
+    load_seconds: float
+    prefill_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens: int
+    decode_tokens_per_second: float
+    repeats: int
+
+
+class Environment(_Strict):
+    """Where and with what the figures were taken."""
+
+    machine: str
+    cpu: str
+    cores: int
+    accelerator: str | None
+    python: str
+    versions: dict[str, str]
+
+
+class EvaluationResult(_Strict):
+    """Everything in ``evaluation.json``."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    candidate: str
+    candidate_digest: str | None
+    reference: str
+    reference_revision: str | None
+    reference_dtype: str
+    protocol: Protocol
+    texts: tuple[TextResult, ...]
+    size: SizeResult
+    speed: tuple[SpeedResult, ...]
+    environment: Environment
+    command: str | None
+
+    @classmethod
+    def read(cls, path: Path | str) -> EvaluationResult:
+        """Parse a results file; raises EvaluationError when it is missing, not JSON or not of this schema."""
+        path = Path(path)
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise EvaluationError(f"{path} does not exist.", "run `hf-quant evaluate` on the checkpoint first.") from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"{path} is not a results file: {error}.", "run `hf-quant evaluate` again.") from error
