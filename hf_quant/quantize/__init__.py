@@ -1,0 +1,1 @@
+"""Algorithms that turn a float weight into a QuantizedTensor, one file each."""
