@@ -134,7 +134,9 @@ def move_off_grid(model: Any) -> None:
             through_norm(layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
             k = factors(kv * attention.head_dim)
             attention.v_proj.weight.mul_(k[:, None])
-            shared = k.view(kv, 1, -1).expand(kv, repeat, attention.head_dim).reshape(-1)  # one kv head, several queries
+            shared = (
+                k.view(kv, 1, -1).expand(kv, repeat, attention.head_dim).reshape(-1)
+            )  # one kv head, several queries
             attention.o_proj.weight.div_(shared[None, :])
             k = factors(mlp.up_proj.weight.shape[0])
             mlp.up_proj.weight.mul_(k[:, None])

@@ -117,7 +117,9 @@ def tiny_checkpoint(
     """
     made: dict[str, Path] = {}
 
-    def make(architecture: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "5GB", **settings: Any) -> Path:
+    def make(
+        architecture: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "5GB", **settings: Any
+    ) -> Path:
         key = repr((architecture, dtype, shard, sorted(settings.items())))
         if key not in made:
             path = tmp_path_factory.mktemp(architecture)

@@ -1,0 +1,129 @@
+"""``hf-quant inspect``: what a checkpoint holds, which kernel runs each layer and why, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_quant.cli import options as o
+from hf_quant.cli.output import grouped_name, out, print_json, quiet_libraries, size, table
+
+if TYPE_CHECKING:
+    from hf_quant.api import LayerReport
+
+_DAMAGED = 1
+
+
+def inspect(
+    directory: o.Checkpoint,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare every file with its digest.")] = True,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="One row per layer instead of one per kind of layer.")
+    ] = False,
+    device: o.Device = None,
+    dtype: o.Dtype = "auto",
+    kernel: o.Kernel = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = False,
+) -> None:
+    """Show what is in a checkpoint, which kernel runs each layer here and why, and where the checkpoint comes from.
+
+    Exit code 1 when a file is missing, changed or not recorded.
+
+    [bold]Examples[/bold]
+
+    hf-quant inspect ./out
+
+    hf-quant inspect ./out --kernel reference --layers
+
+    hf-quant inspect ./out --json | jq .provenance
+    """
+    quiet_libraries()
+    from hf_quant import api
+    from hf_quant.checkpoint import check_directory, read_manifest, verify_manifest
+
+    check_directory(directory)
+    manifest = read_manifest(directory)
+    verification = verify_manifest(directory) if verify else None
+    whole = verification is None or verification.ok
+    reports: list[LayerReport] = []
+    if whole:
+        model = api.load(
+            directory,
+            device=device,
+            dtype=o.resolve_dtype(dtype),
+            kernel=kernel or "auto",
+            trust_remote_code=trust_remote_code,
+        )
+        reports = api.inspect_model(model)
+    if json:
+        print_json(
+            {
+                "directory": str(directory),
+                "provenance": manifest.provenance,
+                "files": {name: entry.model_dump() for name, entry in manifest.files.items()},
+                "verification": None if verification is None else vars(verification),
+                "layers": [_plain(report) for report in reports],
+            }
+        )
+    else:
+        _print_provenance(directory, manifest.provenance)
+        out.print(f"files       {len(manifest.files)}, {size(sum(entry.bytes for entry in manifest.files.values()))}")
+        out.print(f"digests     {'not compared' if verification is None else verification}")
+        if whole:
+            out.print()
+            _print_layers(reports, one_by_one=layers)
+    if not whole:
+        raise typer.Exit(_DAMAGED)
+
+
+def _plain(report: LayerReport) -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "kind": report.kind,
+        "shape": list(report.shape),
+        "label": report.label,
+        "kernel": report.kernel,
+        "reason": report.reason,
+        "bytes": report.nbytes,
+    }
+
+
+def _print_provenance(directory: Path, provenance: Mapping[str, Any]) -> None:
+    recipe = provenance.get("recipe") or {}
+    out.print(f"[bold]{directory}[/bold]")
+    out.print(f"format      {provenance.get('format')}, made by hf-quant {provenance.get('version')}")
+    out.print(f"method      {provenance.get('method')}")
+    shown = {key: value for key, value in recipe.items() if key != "quant_method" and value not in ([], {}, None)}
+    out.print("recipe      " + ", ".join(f"{key}={value}" for key, value in shown.items()))
+    revision = provenance.get("base_revision")
+    out.print(f"base model  {provenance.get('base_model')}" + (f" at {revision}" if revision else ""))
+    data = provenance.get("data")
+    out.print(f"data        {data['source'] if data else 'none: the method is data-free'}")
+
+
+def _print_layers(reports: list[LayerReport], *, one_by_one: bool) -> None:
+    groups: dict[tuple[object, ...], list[LayerReport]] = {}
+    for report in reports:
+        name = report.name if one_by_one else grouped_name(report.name)
+        key = (name, report.kind, report.shape, report.label, report.kernel, report.reason)
+        groups.setdefault(key, []).append(report)
+    rows = table("layer", "×", "kind", "shape", "stored as", "bytes", "kernel", "why", right=("×", "bytes"))
+    for (name, *_), group in groups.items():
+        first = group[0]
+        total = sum(report.nbytes for report in group)
+        shape = " × ".join(map(str, first.shape))
+        rows.add_row(
+            str(name) if len(group) > 1 else first.name,
+            str(len(group)),
+            first.kind,
+            shape,
+            first.label,
+            size(total),
+            first.kernel,
+            first.reason,
+        )
+    out.print(rows)

@@ -1,0 +1,187 @@
+"""``hf-quant evaluate`` and ``hf-quant card``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_quant.cli import options as o
+from hf_quant.cli.output import out, print_json, quiet_libraries, size, table
+from hf_quant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from hf_quant.evaluation.results import EvaluationResult, Interval
+
+
+def evaluate(
+    directory: o.Checkpoint,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            "-r",
+            help="The float model: a directory or a Hub id. [dim]Default: the base model recorded in DIR.[/dim]",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            "-t",
+            help="What to measure on (repeatable): docs, prose (built in), a UTF-8 file, or "
+            "hub:NAME[@CONFIG][:SPLIT[:COLUMN]]. [dim]Default: docs and prose.[/dim]",
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=2, help="Windows per text.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Measure load time and tokens per second too.")
+    ] = True,
+    noise_floor: Annotated[
+        bool,
+        typer.Option(
+            "--noise-floor/--no-noise-floor",
+            help="Measure the float model in bfloat16 against itself too: differences below it mean nothing.",
+        ),
+    ] = True,
+    device: o.Device = None,
+    kernel: o.Kernel = None,
+    seed: o.Seed = 0,
+    trust_remote_code: o.TrustRemoteCode = False,
+    revision: o.Revision = None,
+    json: o.Json = False,
+) -> None:
+    """Measure a checkpoint against its float model and record the results in DIR/evaluation.json.
+
+    Perplexity, KL(float ‖ quantized) in nats per token and top-1 agreement on held-out windows, each with a 95 %
+    confidence interval and the noise floor; bytes on disk and in memory; load seconds, prefill and decode tokens/s.
+
+    [bold]Examples[/bold]
+
+    hf-quant evaluate ./out --reference ./Llama-3.2-1B
+
+    hf-quant evaluate ./out -r ./Llama-3.2-1B --text notes.txt --windows 8 --json > results.json
+    """
+    quiet_libraries()
+    from hf_quant.evaluation import evaluate_directory
+
+    result = evaluate_directory(
+        directory,
+        reference or recorded_base(directory),
+        texts=tuple(text or ("docs", "prose")),
+        windows=windows,
+        length=length,
+        speed=speed,
+        noise_floor=noise_floor,
+        device=device,
+        kernel=kernel or "auto",
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        reference_revision=revision,
+        command=shlex.join(["hf-quant", *sys.argv[1:]]),
+    )
+    if json:
+        print_json(result.model_dump())
+    else:
+        print_results(result)
+        out.print(f"recorded in {directory / 'evaluation.json'}; next: hf-quant card {directory}")
+
+
+def card(
+    directory: o.Checkpoint,
+    repo_id: Annotated[
+        str | None, typer.Option(help="The Hub id that the card's snippets load, if it is known already.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model's Hub id, where DIR was made from a local copy of it.")
+    ] = None,
+    quantized_by: Annotated[str | None, typer.Option(help="Who made it, for the metadata.")] = None,
+    allow_unmeasured: Annotated[
+        bool, typer.Option("--allow-unmeasured", help="Without results, write a card that says so.")
+    ] = False,
+) -> None:
+    """Write DIR/README.md and its plots from the recorded results; no number is in it that was not measured.
+
+    [bold]Examples[/bold]
+
+    hf-quant card ./out --base-model meta-llama/Llama-3.2-1B
+    """
+    quiet_libraries()
+    from hf_quant.card import write_card
+
+    path = write_card(
+        directory,
+        repo_id=repo_id,
+        base_model=base_model,
+        quantized_by=quantized_by,
+        allow_unmeasured=allow_unmeasured,
+    )
+    out.print(f"wrote [bold]{path}[/bold]; next: hf-quant push {directory} --repo-id {repo_id or 'org/name'}")
+
+
+def recorded_base(directory: Path) -> str:
+    """The base model that a checkpoint records; raises CheckpointError when there is none."""
+    from hf_quant.checkpoint import read_manifest
+
+    base = read_manifest(directory).provenance.get("base_model")
+    if not base:
+        raise CheckpointError(f"{directory} does not record its base model.", "name it with --reference.")
+    return str(base)
+
+
+def _with_interval(interval: Interval, digits: int, unit: str = "") -> str:
+    return f"{interval.value:.{digits}f}{unit} [dim]({interval.low:.{digits}f} – {interval.high:.{digits}f})[/dim]"
+
+
+def print_results(result: EvaluationResult) -> None:
+    """The results as readable tables: accuracy, size, speed."""
+    protocol = result.protocol
+    accuracy = table(
+        "text",
+        "perplexity float",
+        "perplexity quantized",
+        "increase",
+        "KL (nats/token)",
+        "top-1 agreement",
+        "noise floor KL",
+        title=f"accuracy on {protocol.windows} windows of {protocol.length} tokens ({protocol.dtype}); 95 % intervals",
+    )
+    for text in result.texts:
+        accuracy.add_row(
+            text.name,
+            f"{text.perplexity_float.value:.2f}",
+            _with_interval(text.perplexity_quantized, 2),
+            _with_interval(text.perplexity_increase_percent, 2, " %"),
+            _with_interval(text.kl, 4),
+            f"{100 * text.top1_agreement.value:.2f} %",
+            f"{text.noise_floor.kl.value:.5f}" if text.noise_floor else "not measured",
+        )
+    out.print(accuracy)
+    out.print()
+    sizes = table("size", "float", "quantized", "ratio", right=("float", "quantized", "ratio"))
+    for name, before, after in (
+        ("weights on disk", result.size.float_disk_bytes, result.size.quantized_disk_bytes),
+        ("tensors in memory", result.size.float_memory_bytes, result.size.quantized_memory_bytes),
+    ):
+        sizes.add_row(name, size(before), size(after), f"{before / after:.2f} ×")
+    out.print(sizes)
+    out.print(f"{result.size.bits_per_weight:.2f} bits per quantized weight (codes, scales and zero points)")
+    if result.speed:
+        out.print()
+        columns = ("load s", "prefill tok/s", "decode tok/s")
+        speeds = table("speed", "dtype", *columns, "kernels (layers)", right=columns)
+        for run in result.speed:
+            speeds.add_row(
+                run.model,
+                run.dtype,
+                f"{run.load_seconds:.2f}",
+                f"{run.prefill_tokens_per_second:.0f}",
+                f"{run.decode_tokens_per_second:.1f}",
+                ", ".join(f"{name} ({count})" for name, count in run.kernels.items()),
+            )
+        out.print(speeds)
+        out.print(f"[dim]{result.environment.cpu}, {result.speed[0].threads} threads[/dim]")
