@@ -1,0 +1,297 @@
+"""The model card: a pure function of the recorded results, the provenance and the plan; only measured numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import ModelCardData
+
+from hf_quant import plots
+from hf_quant.card_claims import claim, limits, methods, scheme_summary, text_rows, vllm_reads
+from hf_quant.card_facts import CheckpointFacts, Facts, is_local, shown_base
+from hf_quant.card_metadata import (
+    LIBRARY,
+    TAG,
+    BaseCard,
+    check_finite,
+    eval_results,
+    hub_id,
+    inherited,
+    read_base_card,
+    task_of,
+    validate_card,
+)
+from hf_quant.card_snippets import Snippet, quantize_command, recipe_yaml, with_repo_id
+from hf_quant.card_text import (
+    amount,
+    code,
+    families,
+    file_name,
+    layer_rows,
+    markdown,
+    one_line,
+    significant,
+)
+from hf_quant.checkpoint import (
+    MANIFEST_FILE,
+    README_FILE,
+    RESULTS_FILE,
+    atomic_write,
+    checkpoint_digest,
+    read_headers,
+    read_json,
+    read_manifest,
+)
+from hf_quant.errors import CardError
+from hf_quant.evaluation.results import EvaluationResult
+
+PLOTS_DIR = "plots"
+TEMPLATE = "card_template.md"  # in the wheel; model_cards/template.md in the repository
+PROVENANCE_KEYS = ("version", "format", "method", "recipe", "base_model")
+
+__all__ = ["BaseCard", "CheckpointFacts", "read_base_card", "render", "validate_card", "with_repo_id", "write_card"]
+
+
+def render(
+    results: EvaluationResult | None,
+    provenance: Mapping[str, Any],
+    plan_rows: Sequence[Mapping[str, Any]],
+    checkpoint: CheckpointFacts,
+    base: BaseCard | None = None,
+) -> str:
+    """The text of the card; reads nothing but its arguments.
+
+    Args:
+        results: what ``hf-quant evaluate`` measured; None makes a card that says that nothing was.
+        provenance: the manifest's provenance.
+        plan_rows: the manifest's plan: name, kind, shape, label, method, rule, note, float_bytes, planned_bytes.
+        checkpoint: names, files and sizes.
+        base: the base model's card; None when nobody looked.
+
+    Raises:
+        CardError: a fact that the card needs is missing, or a figure is not finite.
+    """
+    missing = [key for key in PROVENANCE_KEYS if key not in provenance]
+    if missing:
+        raise CardError(f"the provenance lacks {', '.join(missing)}.", "quantize again with this version of hf-quant.")
+    rows = layer_rows(plan_rows, checkpoint.tensors)
+    if not any(row.is_quantized for row in rows):
+        raise CardError("the plan names no quantized layer.", "quantize again with this version of hf-quant.")
+    if results is not None:
+        check_finite(results)
+    base = base or BaseCard(problem="nobody looked for it")
+    facts = Facts(provenance, tuple(rows), results)
+    source = provenance["base_model"]
+    base_id = None if is_local(provenance) else hub_id(source)
+    files = [name for name, _ in checkpoint.files]
+    passed_on = inherited(base, base_id, files)
+    task, auto_class = task_of(checkpoint.architecture, checkpoint.model_type)
+    task = passed_on.pop("pipeline_tag", task)
+    metadata = ModelCardData(
+        **passed_on,
+        base_model=base_id,
+        base_model_relation="quantized" if base_id else None,
+        library_name=LIBRARY,
+        pipeline_tag=task,
+        tags=_tags(facts),
+        quantized_by=checkpoint.quantized_by,
+        model_name=one_line(checkpoint.name),
+        eval_results=eval_results(results, task or "text-generation") if results is not None else None,
+    )
+    text = (
+        _environment()
+        .from_string(_template())
+        .render(
+            metadata=metadata.to_yaml(),
+            name=checkpoint.name,
+            claim=claim(facts),
+            scheme=scheme_summary(facts),
+            facts=facts,
+            results=results,
+            texts=text_rows(results),
+            provenance=provenance,
+            base_name=shown_base(source),
+            base_id=base_id,
+            base=base,
+            license=passed_on.get("license"),
+            license_name=passed_on.get("license_name"),
+            license_link=passed_on.get("license_link"),
+            checkpoint=checkpoint,
+            plots={Path(path).stem: (path, caption) for path, caption in checkpoint.plots},
+            auto_class=auto_class,
+            snippet=Snippet(checkpoint, facts, auto_class),
+            quantized=families([row for row in rows if row.is_quantized]),
+            kept=families([row for row in rows if not row.is_quantized], across_parents=True),
+            methods=methods(facts),
+            recipe=recipe_yaml(provenance["recipe"]),
+            quantize_command=quantize_command(provenance, checkpoint),
+            vllm=vllm_reads(facts),
+            limits=limits(facts),
+        )
+    )
+    validate_card(text)
+    return text
+
+
+def write_card(
+    directory: Path | str,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    base_card: BaseCard | None = None,
+    quantized_by: str | None = None,
+    allow_unmeasured: bool = False,
+) -> Path:
+    """Write README.md and ``plots/`` of a checkpoint from what is recorded in it.
+
+    Args:
+        directory: a checkpoint written by hf-quant, evaluated.
+        repo_id: the Hub id that the snippets show; default: the directory's name (``hf-quant push`` replaces it).
+        base_model: the base model's Hub id, where the checkpoint was made from a local copy of it.
+        base_card: the base model's card; default: read from the base model's directory or the Hub.
+        quantized_by: who made it, for the metadata.
+        allow_unmeasured: without results, write a card that says so instead of raising.
+
+    Returns:
+        the path of README.md.
+
+    Raises:
+        CardError: no results, results of another checkpoint, or facts that are missing.
+        CheckpointError: the directory is not a whole checkpoint of ours.
+        OutputError: the files cannot be written.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    config = read_json(directory, "config.json")
+    _check_provenance(directory, manifest.provenance, config)
+    results = _read_results(directory, allow_unmeasured)
+    provenance = dict(manifest.provenance)
+    recorded = provenance.get("base_model")
+    if base_model is not None:
+        if hub_id(base_model) is None:
+            raise CardError(f"base_model={base_model!r} is not a Hub id.", "give it as org/name.")
+        provenance |= {"base_model": base_model, "base_modelis_local": False}
+    elif recorded and Path(str(recorded)).expanduser().is_dir():
+        provenance["base_modelis_local"] = True
+    if base_card is None:
+        base_card = _find_base_card(provenance, recorded)
+    name = repo_id.rpartition("/")[2] if repo_id else directory.resolve().name
+    facts = CheckpointFacts(
+        name=name,
+        repo_id=repo_id or name,
+        architecture=str((config.get("architectures") or [""])[0]),
+        model_type=str(config.get("model_type", "")),
+        files=tuple((file, entry.bytes) for file, entry in sorted(manifest.files.items())),
+        tensors={tensor: info.nbytes for tensor, info in read_headers(directory).items()},
+        chat=_has_chat_template(directory, list(manifest.files)),
+        custom_code=bool(config.get("auto_map")),
+        quantized_by=quantized_by,
+    )
+    drawn = plots.draw(results, layer_rows(manifest.plan, facts.tensors))
+    shown = tuple((f"{PLOTS_DIR}/{plot.name}.png", plot.caption) for plot in drawn)
+    text = render(results, provenance, manifest.plan, replace(facts, plots=shown), base_card)
+    _write_plots(directory / PLOTS_DIR, drawn)
+    validate_card(text, directory)
+    atomic_write(directory / README_FILE, text)
+    return directory / README_FILE
+
+
+def _template() -> str:
+    packaged = resources.files("hf_quant").joinpath(TEMPLATE)
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    checkout = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+    if checkout.is_file():
+        return checkout.read_text(encoding="utf-8")
+    raise CardError("the card's template is not part of this installation.", "install hf-quant again.")
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters.update(
+        md=markdown, code=code, amount=amount, figure=significant, local=file_name, plain=one_line
+    )
+    return environment
+
+
+def _tags(facts: Facts) -> list[str]:
+    grids = dict.fromkeys(row.label.split()[0] for row in facts.quantized)
+    bits = dict.fromkeys("8-bit" if grid == "int8" else "4-bit" for grid in grids)
+    return [TAG, "quantized", str(facts.provenance["format"]), *grids, *bits]
+
+
+def _check_provenance(directory: Path, recorded: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """config.json and the manifest were written together; if they differ, one of them is from another checkpoint."""
+    in_config = config.get("hf_quant")
+    if in_config is None:
+        raise CardError(f"{directory / 'config.json'} has no hf_quant key.", "quantize again, or restore the file.")
+    differing = [key for key in PROVENANCE_KEYS if in_config.get(key) != recorded.get(key)]
+    if differing:
+        raise CardError(
+            f"config.json and {MANIFEST_FILE} of {directory} disagree about {differing[0]}.",
+            "one of them is from another checkpoint: quantize again.",
+        )
+
+
+def _read_results(directory: Path, allow_unmeasured: bool) -> EvaluationResult | None:
+    path = directory / RESULTS_FILE
+    if not path.is_file():
+        if allow_unmeasured:
+            return None
+        raise CardError(
+            f"{directory} has no {RESULTS_FILE}, and a card states only what was measured.",
+            f"run `hf-quant evaluate {directory}` first (or allow an unmeasured card explicitly).",
+        )
+    results = EvaluationResult.read(path)
+    digest = checkpoint_digest(directory)
+    if results.candidate_digest != digest:
+        whose = (
+            "do not say which checkpoint they belong to"
+            if results.candidate_digest is None
+            else (f"were measured on another checkpoint ({results.candidate_digest[:12]}…, this one is {digest[:12]}…)")
+        )
+        raise CardError(f"the results in {path} {whose}.", f"run `hf-quant evaluate {directory}` again.")
+    return results
+
+
+def _find_base_card(provenance: Mapping[str, Any], recorded: object) -> BaseCard:
+    """As recorded when the checkpoint was made; else from the directory it was made from; else from the Hub."""
+    noted = provenance.get("base_card")
+    if isinstance(noted, Mapping):
+        return BaseCard(noted)
+    if isinstance(recorded, str) and Path(recorded).expanduser().is_dir() and provenance["base_model"] == recorded:
+        return read_base_card(recorded)
+    named = provenance.get("base_model")
+    if not isinstance(named, str) or is_local(provenance):
+        return BaseCard(problem="its directory is not on this machine")
+    revision = provenance.get("base_revision") if named == recorded else None
+    return read_base_card(named, revision if isinstance(revision, str) else None)
+
+
+def _has_chat_template(directory: Path, files: Sequence[str]) -> bool:
+    if any(name.startswith(("chat_template", "additional_chat_templates/")) for name in files):
+        return True
+    return "tokenizer_config.json" in files and bool(read_json(directory, "tokenizer_config.json").get("chat_template"))
+
+
+def _write_plots(folder: Path, drawn: Sequence[plots.Plot]) -> None:
+    """Write the plots and remove those of an earlier card, which would show figures that no longer hold."""
+    wanted = {f"{plot.name}{suffix}": data for plot in drawn for suffix, data in plot.files.items()}
+    if wanted:
+        folder.mkdir(exist_ok=True)
+    for name, data in wanted.items():
+        atomic_write(folder / name, data)
+    for old in folder.glob("*") if folder.is_dir() else ():
+        if old.suffix in (".png", ".svg") and old.name not in wanted:
+            old.unlink()

@@ -1,0 +1,185 @@
+"""The sentences of a card that draw conclusions: the claim at its top, its accuracy rows, its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_quant.card_facts import LABEL, Facts
+from hf_quant.card_text import amount, listing, markdown, significant, value_only, with_interval
+from hf_quant.evaluation.results import EvaluationResult, TextResult
+
+_MOST_TEXTS = 3
+_METHODS = {
+    "search": "searches, without data, the scale (and zero point) of each group that loses least",
+    "absmax": "takes each scale from the largest weight of its group (round to nearest)",
+}
+
+
+def in_words(label: str) -> str:
+    """``int4 sym g32`` -> ``int4, symmetric, one scale per 32 weights``."""
+    match = LABEL.fullmatch(label)
+    if match is None:
+        return label
+    parts = [match["grid"].upper() if match["grid"] in ("nf4", "fp4") else match["grid"]]
+    if match["zero"]:
+        parts.append("symmetric" if match["zero"] == "sym" else "asymmetric (with zero points)")
+    group = match["group"]
+    parts.append("one scale per output channel" if group == "per-channel" else f"one scale per {group[1:]} weights")
+    if match["nested"]:
+        parts.append("scales stored in 8 bits")
+    return ", ".join(parts)
+
+
+def methods(facts: Facts) -> list[tuple[str, str]]:
+    """(name, what it does) of every method used; the second is empty for a method that this version does not know."""
+    return [(name, _METHODS.get(name, "")) for name in dict.fromkeys(row.method for row in facts.quantized) if name]
+
+
+def scheme_summary(facts: Facts) -> str:
+    """Every scheme in words, with its share of the quantized weights where there are several."""
+    counts = facts.weights_by_label
+    if len(counts) == 1:
+        return in_words(next(iter(counts)))
+    total = facts.quantized_weights
+    return "; ".join(f"{in_words(label)} ({100 * count / total:.0f} %)" for label, count in counts.items())
+
+
+def claim(facts: Facts) -> str:
+    """One line of Markdown: what it is, how much smaller, what it costs, how fast; only what was measured."""
+    grids = " and ".join(dict.fromkeys(in_words(label).split(",")[0] for label in facts.weights_by_label))
+    head = f"{grids} weights, {significant(facts.bits_per_weight)} bits each with their scales"
+    results = facts.results
+    if results is None:
+        return f"{head}; accuracy, memory and speed were not measured"
+    size = results.size
+    parts = [_size_claim(size.float_disk_bytes, size.quantized_disk_bytes)]
+    texts = results.texts[:_MOST_TEXTS]
+    if texts:
+        changes = [f"{value_only(t.perplexity_increase_percent, sign=True)} % on {markdown(t.name)}" for t in texts]
+        losses = listing([value_only(text.kl) for text in texts])
+        parts.append(f"perplexity {listing(changes)} (KL {losses})")
+    before, after = facts.speed("float"), facts.speed("quantized")
+    if before is not None and after is not None and before.decode_tokens_per_second > 0:
+        ratio = after.decode_tokens_per_second / before.decode_tokens_per_second
+        parts.append(
+            f"decoding at {significant(ratio, 2)}× the speed of {before.dtype} on {markdown(results.environment.cpu)}"
+        )
+    return f"{head}: {', '.join(parts)}"
+
+
+def _size_claim(before: int, after: int) -> str:
+    if after <= 0 or before <= after:
+        return f"{amount(after)} on disk, no smaller than the float model ({amount(before)})"
+    return (
+        f"{significant(before / after, 2)}× smaller on disk than the float model ({amount(before)} → {amount(after)})"
+    )
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One line of the accuracy table."""
+
+    text: str
+    model: str
+    perplexity: str
+    increase: str
+    kl: str
+    kl_p99: str
+    agreement: str
+
+
+def text_rows(results: EvaluationResult | None) -> list[TextRow]:
+    """The accuracy table: per text the float model, the quantized one and, if it was measured, the noise floor."""
+    rows: list[TextRow] = []
+    for text in results.texts if results is not None else ():
+        assert results is not None
+        rows.append(
+            TextRow(
+                markdown(text.name),
+                f"float ({results.reference_dtype})",
+                with_interval(text.perplexity_float),
+                "",
+                "",
+                "",
+                "",
+            )
+        )
+        rows.append(
+            TextRow(
+                "",
+                "**quantized**",
+                with_interval(text.perplexity_quantized),
+                with_interval(text.perplexity_increase_percent, " %", sign=True),
+                with_interval(text.kl),
+                significant(text.kl_p99),
+                with_interval(text.top1_agreement, " %", factor=100),
+            )
+        )
+        if text.noise_floor is not None:
+            floor = text.noise_floor
+            rows.append(
+                TextRow(
+                    "",
+                    f"noise floor: float in {floor.dtype}",
+                    with_interval(floor.perplexity),
+                    "",
+                    with_interval(floor.kl),
+                    "",
+                    with_interval(floor.top1_agreement, " %", factor=100),
+                )
+            )
+    return rows
+
+
+def vllm_reads(facts: Facts) -> bool:
+    """Whether vLLM has kernels for this layout: one 4-bit integer scheme in compressed-tensors for every linear but the
+    head, rows and columns in multiples of 32. (vLLM fuses neighbouring projections, so they must all be alike.)"""
+    labels = list(facts.weights_by_label)
+    match = LABEL.fullmatch(labels[0]) if len(labels) == 1 else None
+    if facts.is_bitsandbytes or match is None or match["grid"] != "int4" or match["group"] == "per-channel":
+        return False
+    if int(match["group"][1:]) % 2 or any(size % 32 for row in facts.quantized for size in row.shape):
+        return False
+    if any(row.kind != "Linear" for row in facts.quantized):
+        return False
+    return all(row.rule == "default skip" for row in facts.rows if row.kind == "Linear" and not row.is_quantized)
+
+
+def limits(facts: Facts) -> list[str]:
+    """What the reader must not conclude, as Markdown sentences."""
+    found = []
+    results = facts.results
+    if results is None:
+        found.append("The accuracy of this checkpoint was not measured. Evaluate it before you rely on it.")
+    elif not results.texts:
+        found.append("Accuracy was not measured: the results hold no text.")
+    else:
+        tokens = sum(text.tokens for text in results.texts)
+        names = listing([markdown(text.name) for text in results.texts])
+        found.append(
+            f"Accuracy was measured on {tokens:,} tokens of {names}, in windows of {results.protocol.length} tokens. "
+            "Other languages, domains, tasks and longer contexts were not measured."
+        )
+        found += [sentence for text in results.texts if (sentence := _significance(text))]
+    if results is not None and results.speed:
+        found.append("Speed and memory hold for the machine, threads and kernels named above and for no other.")
+    elif results is not None:
+        found.append("Speed was not measured.")
+    found.append("Only weights are quantized. Activations and the KV cache keep the dtype of the loaded model.")
+    if not facts.is_bitsandbytes:
+        found.append(
+            "Stock transformers expands compressed-tensors weights to the model's dtype, at load or in the first forward "
+            "pass: there the file is small, the memory is not, and what is saved after that is no longer quantized."
+        )
+    found.append("It inherits the limits, biases and terms of use of its base model; quantization mends none of them.")
+    return found
+
+
+def _significance(text: TextResult) -> str:
+    """A sentence for a text on which the loss could not be told from nothing; else empty."""
+    if text.noise_floor is not None and text.kl.low <= text.noise_floor.kl.high:
+        return f"On {markdown(text.name)} the KL divergence is within the noise floor: no loss could be measured there."
+    change = text.perplexity_increase_percent
+    if change.low <= 0 <= change.high:
+        return f"On {markdown(text.name)} the change of perplexity cannot be told from zero (its interval holds zero)."
+    return ""

@@ -1,0 +1,103 @@
+"""What a reader copies from a card: the code that loads the checkpoint, the recipe and the commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from hf_quant.card_facts import CheckpointFacts, Facts, shown_base
+from hf_quant.card_text import one_line, without_paths
+
+# Recipe keys that change how a checkpoint is loaded, not what is in it.
+_LOADING_KEYS = ("quant_method", "kernel", "dequantize")
+
+
+def with_repo_id(text: str, repo_id: str) -> str:
+    """The card with ``repo_id`` in its snippets, for a checkpoint whose card was written before its name was known."""
+    match = re.search(r"^<!-- hf-quant: snippets load (\".*\") -->$", text, re.MULTILINE)
+    if match is None:
+        return text
+    old = json.loads(match.group(1))
+
+    def fenced(block: re.Match[str]) -> str:
+        changed = block.group().replace(f"repo_id = {_literal(old)}\n", f"repo_id = {_literal(repo_id)}\n")
+        return changed.replace(f"vllm serve {shlex.quote(old)}\n", f"vllm serve {shlex.quote(repo_id)}\n")
+
+    text = re.sub(r"^```.*?^```", fenced, text, flags=re.MULTILINE | re.DOTALL)
+    return text.replace(match.group(), _marker(repo_id), 1)
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """The pieces of the loading snippets that depend on the model."""
+
+    checkpoint: CheckpointFacts
+    facts: Facts
+    auto_class: str
+    packages: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        package = "bitsandbytes" if self.facts.is_bitsandbytes else "compressed-tensors"
+        object.__setattr__(self, "packages", f"torch transformers accelerate {package}")
+
+    @property
+    def marker(self) -> str:
+        return _marker(self.checkpoint.repo_id)
+
+    @property
+    def repo(self) -> str:
+        return _literal(self.checkpoint.repo_id)
+
+    @property
+    def shell_repo(self) -> str:
+        return shlex.quote(self.checkpoint.repo_id)
+
+    @property
+    def trust(self) -> str:
+        return ", trust_remote_code=True" if self.checkpoint.custom_code else ""
+
+    @property
+    def dequantize(self) -> bool:
+        """Stock transformers cannot run the layout packed: zero points."""
+        return not self.facts.is_bitsandbytes and self.facts.is_asymmetric
+
+    @property
+    def generates(self) -> bool:
+        return self.auto_class == "AutoModelForCausalLM" and self.checkpoint.has_tokenizer
+
+    @property
+    def encodes(self) -> bool:
+        text = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
+        return self.auto_class in text and self.checkpoint.has_tokenizer
+
+
+def _marker(repo_id: str) -> str:
+    # "--" would end the comment for some parsers
+    return f"<!-- hf-quant: snippets load {json.dumps(repo_id).replace('--', chr(92) + 'u002d-')} -->"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def quantize_command(provenance: Mapping[str, Any], checkpoint: CheckpointFacts) -> str:
+    """The command that made the checkpoint: as recorded, else the one that makes it from the printed recipe."""
+    given = provenance.get("command")
+    if isinstance(given, str) and given:
+        return one_line(given)
+    words = ["hf-quant", "quantize", shown_base(provenance["base_model"]) or "MODEL", "--recipe", "recipe.yaml"]
+    if provenance.get("base_revision"):
+        words += ["--revision", str(provenance["base_revision"])]
+    return shlex.join([*words, "--output-dir", checkpoint.name])
+
+
+def recipe_yaml(recipe: Mapping[str, Any]) -> str:
+    """The recipe as YAML, without keys that only concern loading or that say nothing."""
+    kept = {key: value for key, value in recipe.items() if key not in _LOADING_KEYS and value not in ({}, [], None)}
+    return without_paths(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip())

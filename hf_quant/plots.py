@@ -1,0 +1,256 @@
+"""The card's plots, drawn from measured figures only; opaque, so that they read on light and on dark pages."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_quant.card_text import LayerRow, amount, listing, one_line, significant
+from hf_quant.errors import DependencyError
+from hf_quant.evaluation.results import EvaluationResult, TextResult
+
+PAGE = "#f6f7f9"
+INK = "#24292f"
+FAINT = "#d5d9de"
+FLOAT = "#9aa3ad"
+QUANTIZED = "#2f6fb3"
+PALETTE = (QUANTIZED, "#d9822b", "#3c9a5f", "#b0457b", "#7a5bb5", "#8c6d31", "#4aa3b8")
+DPI = 150
+_KINDS = {"Linear": "linear layers", "Conv1D": "linear layers", "Embedding": "embeddings", "Norm": "norms and biases"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: its name (``plots/NAME.png`` and ``.svg``), what it shows in words, and its files (suffix -> bytes)."""
+
+    name: str
+    caption: str
+    files: dict[str, bytes]
+
+
+def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plot]:
+    """Every plot that the given measurements allow.
+
+    Args:
+        results: the evaluation; without it no plot of accuracy is drawn.
+        rows: the plan's rows; those without bytes read from the checkpoint give no plot of bytes.
+
+    Raises:
+        DependencyError: matplotlib is missing.
+    """
+    plots = []
+    if results is not None and results.texts:
+        plots.append(_divergence(results.texts))
+    if rows and all(row.stored_bytes is not None for row in rows):
+        plots.append(_bytes_by_kind(rows))
+        if (blocks := _blocks(rows)) is not None:
+            plots.append(_bytes_by_block(*blocks))
+    return plots
+
+
+def _divergence(texts: Sequence[TextResult]) -> Plot:
+    """KL of the quantized model and of the noise floor per text, with 95 % intervals."""
+    figure, axes = _figure(0.9 + 0.75 * len(texts))
+    labels = [_label(text.name, f"text {i + 1}") for i, text in enumerate(texts)]
+    figures = [text.kl for text in texts] + [t.noise_floor.kl for t in texts if t.noise_floor is not None]
+    log = all(figure.value > 0 for figure in figures)
+    smallest = min((figure.value for figure in figures), default=1.0)
+    named: set[str] = set()
+    for i, text in enumerate(texts):
+        floor = text.noise_floor
+        parts = [(text.kl, -0.14, QUANTIZED, "o", "quantized")]
+        if floor is not None:
+            parts.append((floor.kl, 0.14, FLOAT, "s", f"noise floor: float model in {floor.dtype}"))
+        for interval, shift, color, marker, name in parts:
+            low = max(interval.low, smallest / 10) if log else interval.low
+            error = [[max(0.0, interval.value - low)], [max(0.0, interval.high - interval.value)]]
+            axes.errorbar(
+                interval.value,
+                i + shift,
+                xerr=error,
+                fmt=marker,
+                color=color,
+                capsize=3.5,
+                markersize=6,
+                linewidth=1.6,
+                label=None if name in named else name,
+            )
+            named.add(name)
+            axes.annotate(
+                significant(interval.value, 2),
+                (max(interval.value, interval.high), i + shift),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color=INK,
+            )
+    axes.set_yticks(range(len(texts)), labels, parse_math=False)
+    axes.set_ylim(len(texts) - 0.5, -0.5)
+    if log:
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 1.2, high * 2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.tick_params(axis="x", which="minor", length=0, labelbottom=False)
+    else:
+        axes.margins(x=0.15)
+    axes.set_xlabel("KL(float ‖ quantized), nats per token; bars are 95 % intervals", fontsize=9)
+    axes.grid(axis="x", color=FAINT, linewidth=0.8)
+    _legend(axes, 2)
+    said = [f"{significant(text.kl.value)} on {one_line(text.name)}" for text in texts]
+    return _finish(figure, "kl", f"KL divergence from the float model: {listing(said)} nats per token")
+
+
+def _bytes_by_kind(rows: Sequence[LayerRow]) -> Plot:
+    """Bytes of the float model and of the checkpoint, by kind of weight."""
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for row in rows:
+        kind = "norms and biases" if row.kind == "Bias" else _KINDS.get(row.kind, one_line(row.kind))
+        if kind == "linear layers" and not row.is_quantized:
+            kind = "linear layers left in float"
+        elif kind == "linear layers":
+            kind = "linear layers, quantized"
+        totals[kind][0] += row.float_bytes
+        totals[kind][1] += row.stored_bytes or 0
+    totals = {kind: pair for kind, pair in totals.items() if sum(pair)}
+    kinds = sorted(totals, key=lambda kind: -totals[kind][0])
+    figure, axes = _figure(1.0 + 0.62 * len(kinds))
+    largest = max(max(pair) for pair in totals.values())
+    for i, kind in enumerate(kinds):
+        for shift, value, color in ((-0.2, totals[kind][0], FLOAT), (0.2, totals[kind][1], QUANTIZED)):
+            axes.barh(i + shift, value, height=0.36, color=color)
+            axes.annotate(
+                amount(value),
+                (value, i + shift),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color=INK,
+            )
+    axes.set_yticks(
+        range(len(kinds)), [_label(kind, f"kind {i + 1}") for i, kind in enumerate(kinds)], parse_math=False
+    )
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    axes.set_xlim(0, largest * 1.18)
+    axes.xaxis.set_major_formatter(lambda value, _: amount(value) if value else "0")
+    axes.set_xlabel("bytes", fontsize=9)
+    axes.grid(axis="x", color=FAINT, linewidth=0.8)
+    before, after = sum(pair[0] for pair in totals.values()), sum(pair[1] for pair in totals.values())
+    for color, name in ((FLOAT, f"float model: {amount(before)}"), (QUANTIZED, f"this checkpoint: {amount(after)}")):
+        axes.barh(0, 0, color=color, label=name)
+    _legend(axes, 2)
+    return _finish(figure, "bytes", f"Bytes of weights by kind: {amount(before)} in float, {amount(after)} stored here")
+
+
+def _blocks(rows: Sequence[LayerRow]) -> tuple[list[str], list[dict[str, int]], list[int], list[str]] | None:
+    """(names, stored bytes per label, float bytes, prefixes) of the numbered blocks; None without any."""
+    found: dict[tuple[str, int], dict[str, int]] = {}
+    before: dict[tuple[str, int], int] = defaultdict(int)
+    for row in rows:
+        parts = row.name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if at is None:
+            continue
+        key = (".".join(parts[:at]), int(parts[at]))
+        found.setdefault(key, defaultdict(int))[row.label if row.is_quantized else "float"] += row.stored_bytes or 0
+        before[key] += row.float_bytes
+    if len(found) < 2:
+        return None
+    prefixes = list(dict.fromkeys(prefix for prefix, _ in found))
+    ordered = sorted(found, key=lambda key: (prefixes.index(key[0]), key[1]))
+    return [str(n) for _, n in ordered], [found[key] for key in ordered], [before[key] for key in ordered], prefixes
+
+
+def _bytes_by_block(names: list[str], blocks: list[dict[str, int]], before: list[int], prefixes: list[str]) -> Plot:
+    """Stored bytes of every block, stacked by how the weights are stored, before the bytes of the float model."""
+    figure, axes = _figure(2.7)
+    axes.bar(range(len(blocks)), before, color=FAINT, width=0.78, label="float model")
+    labels = sorted({label for block in blocks for label in block}, key=lambda label: (label == "float", label))
+    base = [0.0] * len(blocks)
+    for i, label in enumerate(labels):
+        heights = [float(block.get(label, 0)) for block in blocks]
+        color = FLOAT if label == "float" else PALETTE[i % len(PALETTE)]
+        name = "here, left in float" if label == "float" else f"here, {label}"
+        axes.bar(range(len(blocks)), heights, bottom=base, color=color, width=0.78, label=name)
+        base = [low + height for low, height in zip(base, heights, strict=True)]
+    step = max(1, -(-len(names) // 32))
+    axes.set_xticks(range(0, len(names), step), names[::step])
+    axes.set_xlim(-0.8, len(names) - 0.2)
+    axes.set_ylim(0, max(*base, *before) * 1.05 or 1)
+    axes.yaxis.set_major_formatter(lambda value, _: amount(value) if value else "0")
+    axes.set_xlabel("block of " + _label(", ".join(prefixes), "the model"), fontsize=9, parse_math=False)
+    axes.set_ylabel("bytes", fontsize=9)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    _legend(axes, 3)
+    spread = list(dict.fromkeys((amount(min(base)), amount(max(base)))))
+    return _finish(
+        figure, "blocks", f"Bytes stored per block: {' to '.join(spread)}, of {amount(max(before))} in float"
+    )
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    """An opaque figure 7.2 inches wide that needs no display and leaves pyplot's global state alone."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DependencyError("the card's plots need matplotlib.", "pip install matplotlib.") from error
+    figure = Figure(figsize=(7.2, height + 0.75), facecolor=PAGE, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor(PAGE)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _legend(axes: Any, columns: int) -> None:
+    legend = axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.2,
+        handlelength=1.2,
+        columnspacing=1.6,
+    )
+    for text in legend.get_texts():
+        text.set_color(INK)
+        text.set_parse_math(False)
+
+
+def _label(text: str, instead: str) -> str:
+    """``text`` for an axis, or ``instead`` where the plot's font lacks one of its characters."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    plain = one_line(text)
+    known = get_font(findfont(FontProperties())).get_charmap()
+    if not plain or any(ord(character) not in known for character in plain):
+        return instead
+    return plain if len(plain) <= 40 else plain[:39] + "…"
+
+
+def _finish(figure: Any, name: str, caption: str) -> Plot:
+    """Both files, without dates or random ids: the same figures give the same bytes."""
+    import matplotlib
+
+    files = {}
+    with matplotlib.rc_context({"svg.hashsalt": "hf-quant", "svg.fonttype": "path"}):
+        for suffix, options in (
+            (".png", {"dpi": DPI, "metadata": {"Software": None}}),
+            (".svg", {"metadata": {"Date": None}}),
+        ):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix[1:], facecolor=PAGE, **options)
+            files[suffix] = buffer.getvalue()
+    return Plot(name, caption, files)
