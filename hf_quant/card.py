@@ -41,6 +41,7 @@ from hf_quant.checkpoint import (
     MANIFEST_FILE,
     README_FILE,
     RESULTS_FILE,
+    Manifest,
     atomic_write,
     checkpoint_digest,
     read_headers,
@@ -86,8 +87,7 @@ def render(
         check_finite(results)
     base = base or BaseCard(problem="nobody looked for it")
     facts = Facts(provenance, tuple(rows), results)
-    source = provenance["base_model"]
-    base_id = None if is_local(provenance) else hub_id(source)
+    base_id = None if is_local(provenance) else hub_id(provenance["base_model"])
     files = [name for name, _ in checkpoint.files]
     passed_on = inherited(base, base_id, files)
     task, auto_class = task_of(checkpoint.architecture, checkpoint.model_type)
@@ -115,7 +115,7 @@ def render(
             results=results,
             texts=text_rows(results),
             provenance=provenance,
-            base_name=shown_base(source),
+            base_name=shown_base(provenance),
             base_id=base_id,
             base=base,
             license=passed_on.get("license"),
@@ -168,6 +168,7 @@ def write_card(
     directory = Path(directory)
     manifest = read_manifest(directory)
     config = read_json(directory, "config.json")
+    _check_whole(directory, manifest)
     _check_provenance(directory, manifest.provenance, config)
     results = _read_results(directory, allow_unmeasured)
     provenance = dict(manifest.provenance)
@@ -175,9 +176,9 @@ def write_card(
     if base_model is not None:
         if hub_id(base_model) is None:
             raise CardError(f"base_model={base_model!r} is not a Hub id.", "give it as org/name.")
-        provenance |= {"base_model": base_model, "base_modelis_local": False}
+        provenance |= {"base_model": base_model, "base_model_is_local": False}
     elif recorded and Path(str(recorded)).expanduser().is_dir():
-        provenance["base_modelis_local"] = True
+        provenance["base_model_is_local"] = True
     if base_card is None:
         base_card = _find_base_card(provenance, recorded)
     name = repo_id.rpartition("/")[2] if repo_id else directory.resolve().name
@@ -231,6 +232,16 @@ def _tags(facts: Facts) -> list[str]:
     return [TAG, "quantized", str(facts.provenance["format"]), *grids, *bits]
 
 
+def _check_whole(directory: Path, manifest: Manifest) -> None:
+    """Compare names and sizes with the manifest (`hf-quant push` compares the digests too)."""
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            raise CardError(
+                f"{path} is not the file that {MANIFEST_FILE} records.", "restore it, or quantize and evaluate again."
+            )
+
+
 def _check_provenance(directory: Path, recorded: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """config.json and the manifest were written together; if they differ, one of them is from another checkpoint."""
     in_config = config.get("hf_quant")
@@ -270,13 +281,14 @@ def _find_base_card(provenance: Mapping[str, Any], recorded: object) -> BaseCard
     noted = provenance.get("base_card")
     if isinstance(noted, Mapping):
         return BaseCard(noted)
-    if isinstance(recorded, str) and Path(recorded).expanduser().is_dir() and provenance["base_model"] == recorded:
-        return read_base_card(recorded)
-    named = provenance.get("base_model")
-    if not isinstance(named, str) or is_local(provenance):
+    if isinstance(recorded, str) and Path(recorded).expanduser().is_dir():
+        local = read_base_card(recorded)
+        if local.metadata or is_local(provenance):
+            return local
+    if is_local(provenance):
         return BaseCard(problem="its directory is not on this machine")
-    revision = provenance.get("base_revision") if named == recorded else None
-    return read_base_card(named, revision if isinstance(revision, str) else None)
+    named, revision = provenance["base_model"], provenance.get("base_revision")
+    return read_base_card(named, revision if named == recorded and isinstance(revision, str) else None)
 
 
 def _has_chat_template(directory: Path, files: Sequence[str]) -> bool:

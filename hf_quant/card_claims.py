@@ -168,8 +168,8 @@ def limits(facts: Facts) -> list[str]:
     found.append("Only weights are quantized. Activations and the KV cache keep the dtype of the loaded model.")
     if not facts.is_bitsandbytes:
         found.append(
-            "Stock transformers expands compressed-tensors weights to the model's dtype, at load or in the first forward "
-            "pass: there the file is small, the memory is not, and what is saved after that is no longer quantized."
+            "Stock transformers expands compressed-tensors weights to the model's dtype at load or in the first "
+            "forward pass: the file is small there, the memory is not; what is saved after that is no longer quantized."
         )
     found.append("It inherits the limits, biases and terms of use of its base model; quantization mends none of them.")
     return found

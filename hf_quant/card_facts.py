@@ -118,13 +118,14 @@ def is_local(provenance: Mapping[str, Any]) -> bool:
     """Whether the base model is a directory: recorded as one, written as a path, or a bare name without the commit that
     every download from the Hub has."""
     name = provenance["base_model"]
-    if "base_modelis_local" in provenance:
-        return bool(provenance["base_modelis_local"])
+    if "base_model_is_local" in provenance:
+        return bool(provenance["base_model_is_local"])
     return is_path(name) or (isinstance(name, str) and "/" not in name and not provenance.get("base_revision"))
 
 
-def shown_base(source: object) -> str:
-    """The base model's name as the card shows it: an id, or the last part of a path."""
-    if not isinstance(source, str) or not source:
+def shown_base(provenance: Mapping[str, Any]) -> str:
+    """The base model's name as the card shows it: a Hub id, or the last part of a path; empty when not recorded."""
+    name = provenance["base_model"]
+    if not isinstance(name, str) or not name:
         return ""
-    return file_name(source) if is_path(source) else source
+    return file_name(name) if is_local(provenance) else name

@@ -43,7 +43,7 @@ TAG = "hf-quant"
 _YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_UNFINISHED = ("[More Information Needed]", "{{ card_data }}", "{%")
+_UNFINISHED = ("[More Information Needed]", "{{ card_data }}")
 _RELATIONS = ("quantized", "finetune", "adapter", "merge")
 
 # Class name suffix -> (the Hub's task, the auto class that loads it); the first match wins.

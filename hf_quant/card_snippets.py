@@ -91,10 +91,10 @@ def quantize_command(provenance: Mapping[str, Any], checkpoint: CheckpointFacts)
     given = provenance.get("command")
     if isinstance(given, str) and given:
         return one_line(given)
-    words = ["hf-quant", "quantize", shown_base(provenance["base_model"]) or "MODEL", "--recipe", "recipe.yaml"]
+    words = ["hf-quant", "quantize", shown_base(provenance) or "MODEL", "--recipe", "recipe.yaml"]
     if provenance.get("base_revision"):
         words += ["--revision", str(provenance["base_revision"])]
-    return shlex.join([*words, "--output-dir", checkpoint.name])
+    return shlex.join([*words, "--output-dir", one_line(checkpoint.name)])
 
 
 def recipe_yaml(recipe: Mapping[str, Any]) -> str:

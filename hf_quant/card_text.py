@@ -48,9 +48,11 @@ def markdown(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", one_line(text))
 
 
-def code(text: object) -> str:
-    """``text`` as inline code that also survives inside a table cell."""
-    plain = one_line(text).replace("|", "\\|")
+def code(text: object, in_table: bool = False) -> str:
+    """``text`` as inline code (``in_table``: inside a cell, where a bar would end it)."""
+    plain = one_line(text)
+    if in_table:
+        plain = plain.replace("|", "\\|")
     if not plain:
         return "–"
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
@@ -181,7 +183,7 @@ class Family:
     @property
     def names(self) -> str:
         """The patterns as inline code."""
-        shown = [code(pattern) for pattern in self.patterns[:_MAX_PATTERNS]]
+        shown = [code(pattern, in_table=True) for pattern in self.patterns[:_MAX_PATTERNS]]
         more = len(self.patterns) - len(shown)
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
