@@ -86,7 +86,7 @@ def load_for_chat(
     model = api.load(
         directory,
         device=device,
-        dtype=o.resolve_dtype(dtype),
+        dtype=dtype,
         kernel=kernel or "auto",
         trust_remote_code=trust_remote_code,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +54,7 @@ def inspect(
         model = api.load(
             directory,
             device=device,
-            dtype=o.resolve_dtype(dtype),
+            dtype=dtype,
             kernel=kernel or "auto",
             trust_remote_code=trust_remote_code,
         )
@@ -76,6 +76,7 @@ def inspect(
         if whole:
             out.print()
             _print_layers(reports, one_by_one=layers)
+            _print_kept(manifest.plan)
     if not whole:
         raise typer.Exit(_DAMAGED)
 
@@ -83,7 +84,6 @@ def inspect(
 def _plain(report: LayerReport) -> dict[str, Any]:
     return {
         "name": report.name,
-        "kind": report.kind,
         "shape": list(report.shape),
         "label": report.label,
         "kernel": report.kernel,
@@ -109,9 +109,9 @@ def _print_layers(reports: list[LayerReport], *, one_by_one: bool) -> None:
     groups: dict[tuple[object, ...], list[LayerReport]] = {}
     for report in reports:
         name = report.name if one_by_one else grouped_name(report.name)
-        key = (name, report.kind, report.shape, report.label, report.kernel, report.reason)
+        key = (name, report.shape, report.label, report.kernel, report.reason)
         groups.setdefault(key, []).append(report)
-    rows = table("layer", "×", "kind", "shape", "stored as", "bytes", "kernel", "why", right=("×", "bytes"))
+    rows = table("layer", "×", "shape", "stored as", "bytes", "kernel", "why", right=("×", "bytes"))
     for (name, *_), group in groups.items():
         first = group[0]
         total = sum(report.nbytes for report in group)
@@ -119,11 +119,24 @@ def _print_layers(reports: list[LayerReport], *, one_by_one: bool) -> None:
         rows.add_row(
             str(name) if len(group) > 1 else first.name,
             str(len(group)),
-            first.kind,
             shape,
             first.label,
             size(total),
-            first.kernel,
-            first.reason,
+            first.kernel or "none chosen",
+            first.reason or "",
         )
     out.print(rows)
+
+
+def _print_kept(plan: Sequence[Mapping[str, Any]]) -> None:
+    groups: dict[tuple[str, str, str], int] = {}
+    for row in plan:
+        if row.get("label") is None:
+            key = (grouped_name(str(row["name"])), str(row.get("kind", "")), str(row.get("note", "")))
+            groups[key] = groups.get(key, 0) + 1
+    rows = table("left in float", "×", "kind", "why", right=("×",))
+    for (name, kind, note), count in groups.items():
+        rows.add_row(name, str(count), kind, note)
+    if groups:
+        out.print()
+        out.print(rows)

@@ -124,13 +124,14 @@ def card(
 
 
 def recorded_base(directory: Path) -> str:
-    """The base model that a checkpoint records; raises CheckpointError when there is none."""
+    """The base model that a checkpoint records; raises CheckpointError when that is not enough to find it."""
     from hf_quant.checkpoint import read_manifest
 
-    base = read_manifest(directory).provenance.get("base_model")
-    if not base:
-        raise CheckpointError(f"{directory} does not record its base model.", "name it with --reference.")
-    return str(base)
+    base = str(read_manifest(directory).provenance.get("base_model") or "")
+    if "/" in base or Path(base or "missing").is_dir():
+        return base
+    known = f"only the name of its base model ({base!r})" if base else "no base model"
+    raise CheckpointError(f"{directory} records {known}.", "say where the float model is: --reference DIR_OR_HUB_ID.")
 
 
 def _with_interval(interval: Interval, digits: int, unit: str = "") -> str:

@@ -11,8 +11,6 @@ import typer
 from hf_quant.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from hf_quant.config import HfQuantConfig
 
 _QUANTIZING = "What to quantize, and how"
@@ -164,13 +162,6 @@ def build_config(
     overrides = dict(parse_override(text) for text in override or ())
     overrides.update({pattern: value for pattern, value in base.overrides.items() if pattern not in overrides})
     return HfQuantConfig(**{**base.to_dict(), "skip": [*base.skip, *(skip or ())], "overrides": overrides})
-
-
-def resolve_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype of ``--dtype``; None for auto."""
-    import torch
-
-    return None if name == "auto" else getattr(torch, name)
 
 
 def seed_everything(seed: int) -> None:

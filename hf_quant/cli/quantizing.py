@@ -121,7 +121,7 @@ def quantize(
         config,
         output_dir,
         device=device,
-        dtype=o.resolve_dtype(dtype),
+        dtype=dtype,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         revision=revision,
