@@ -47,12 +47,13 @@ def scheme_summary(facts: Facts) -> str:
 def claim(facts: Facts) -> str:
     """One line of Markdown: what it is, how much smaller, what it costs, how fast; only what was measured."""
     grids = " and ".join(dict.fromkeys(in_words(label).split(",")[0] for label in facts.weights_by_label))
-    head = f"{grids} weights, {significant(facts.bits_per_weight)} bits each with their scales"
     results = facts.results
+    bits = facts.bits_per_weight if results is None else results.size.bits_per_weight
+    head = f"{grids} weights, {significant(bits)} bits each with their scales"
     if results is None:
         return f"{head}; accuracy, memory and speed were not measured"
     size = results.size
-    parts = [_size_claim(size.float_disk_bytes, size.quantized_disk_bytes)]
+    parts = [_size_claim(size.float_disk_bytes, size.quantized_disk_bytes, results.reference_stored_dtype)]
     texts = results.texts[:_MOST_TEXTS]
     if texts:
         changes = [f"{value_only(t.perplexity_increase_percent, sign=True)} % on {markdown(t.name)}" for t in texts]
@@ -67,12 +68,11 @@ def claim(facts: Facts) -> str:
     return f"{head}: {', '.join(parts)}"
 
 
-def _size_claim(before: int, after: int) -> str:
+def _size_claim(before: int, after: int, dtype: str | None) -> str:
+    stored = f"{amount(before)} in {dtype}" if dtype else amount(before)
     if after <= 0 or before <= after:
-        return f"{amount(after)} on disk, no smaller than the float model ({amount(before)})"
-    return (
-        f"{significant(before / after, 2)}× smaller on disk than the float model ({amount(before)} → {amount(after)})"
-    )
+        return f"{amount(after)} on disk, no smaller than the float model ({stored})"
+    return f"{significant(before / after, 2)}× smaller on disk than the float model ({stored} → {amount(after)})"
 
 
 @dataclass(frozen=True)

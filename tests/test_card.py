@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -656,3 +659,31 @@ def test_snippets_are_python_for_every_shape_of_model(architecture: str, auto: s
         assert f"{auto}.from_pretrained(" in snippet
         assert ("trust_remote_code=True" in snippet) is custom
     assert hasattr(transformers, auto)
+
+
+@pytest.mark.slow
+def test_printed_snippets_run_as_they_are(tmp_path: Path, tiny_llama: Path) -> None:
+    """Each snippet runs unchanged beside the checkpoint: the stock ones without hf_quant, ours with packed weights."""
+    import hf_quant
+
+    after = {
+        0: "import sys\nassert 'hf_quant' not in sys.modules",
+        1: "assert any(type(module).__name__ == 'QuantLinear' for module in model.modules())",
+    }
+    programs: dict[int, list[str]] = {0: [], 1: []}
+    for name, settings in (("sym", {}), ("asym", {"symmetric": False}), ("table", {"grid": "nf4"})):
+        directory = tmp_path / name
+        hf_quant.quantize(str(tiny_llama), hf_quant.HfQuantConfig(**settings), directory)
+        record(directory)
+        found = snippets(write_card(directory, base_card=APACHE).read_text())
+        assert all(f'repo_id = "{name}"\n' in snippet and "apply_chat_template" in snippet for snippet in found)
+        for index, snippet in enumerate(found):
+            programs[index] += [snippet.replace("max_new_tokens=64", "max_new_tokens=2"), after[index]]
+    for index, parts in programs.items():
+        (tmp_path / f"program{index}.py").write_text("\n".join(parts), encoding="utf-8")
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, f"program{index}.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
