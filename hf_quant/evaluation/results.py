@@ -45,12 +45,24 @@ class NoiseFloor(_Strict):
 
 
 class TextResult(_Strict):
-    """Float against quantized on one text. ``kl`` is the mean of KL(float || quantized) per token, in nats."""
+    """Float against quantized on one text.
+
+    Attributes:
+        name: ``docs``, ``prose``, a file's or a dataset's name.
+        source: where the text came from.
+        sha256: of the text (UTF-8) that the windows were cut from.
+        tokens: scored tokens, all windows together.
+        bos: every window starts with the tokenizer's beginning-of-sequence token.
+        kl: mean of KL(float || quantized) per token, in nats; ``kl_p99`` is the 99th percentile over tokens.
+        top1_agreement: share (0 to 1) of positions where both models' most likely token is the same.
+        perplexity_increase_percent: paired: both models saw the same windows in every resample.
+    """
 
     name: str
     source: str
     sha256: str
     tokens: int
+    bos: bool = False
     perplexity_float: Interval
     perplexity_quantized: Interval
     perplexity_increase_percent: Interval
@@ -61,17 +73,21 @@ class TextResult(_Strict):
 
 
 class SizeResult(_Strict):
-    """Bytes: files of weights on disk, tensors in memory; bits per weight over the quantized linears only."""
+    """Bytes: files of weights on disk; tensors in memory when loaded in ``memory_dtype``; bits per quantized weight.
+
+    Bits per weight count codes, scales and zero points as stored, over the quantized weights only.
+    """
 
     float_disk_bytes: int
     quantized_disk_bytes: int
     float_memory_bytes: int
     quantized_memory_bytes: int
+    memory_dtype: str | None = None
     bits_per_weight: float
 
 
 class SpeedResult(_Strict):
-    """Medians of repeated runs in one process on the machine named in ``Environment``."""
+    """Medians of repeated runs at batch 1, both models in turns in one process, on the machine in ``Environment``."""
 
     model: Literal["float", "quantized"]
     dtype: str
@@ -97,7 +113,16 @@ class Environment(_Strict):
 
 
 class EvaluationResult(_Strict):
-    """Everything in ``evaluation.json``."""
+    """Everything in ``evaluation.json``.
+
+    Attributes:
+        created: UTC, ISO 8601.
+        candidate, reference: a Hub id, or the name of a local directory (not its path).
+        candidate_digest: of the candidate's manifest when it was made by hf-quant (its files were checked against it).
+        reference_dtype: what the float model ran in when accuracy was measured.
+        reference_stored_dtype: what its files hold (``float_disk_bytes`` depends on it).
+        command: how to get these results again.
+    """
 
     schema_version: Literal[1] = 1
     created: str
@@ -106,6 +131,7 @@ class EvaluationResult(_Strict):
     reference: str
     reference_revision: str | None
     reference_dtype: str
+    reference_stored_dtype: str | None = None
     protocol: Protocol
     texts: tuple[TextResult, ...]
     size: SizeResult
@@ -120,6 +146,10 @@ class EvaluationResult(_Strict):
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise EvaluationError(f"{path} does not exist.", "run `hf-quant evaluate` on the checkpoint first.") from error
+            raise EvaluationError(
+                f"{path} does not exist.", "run `hf-quant evaluate` on the checkpoint first."
+            ) from error
         except (ValidationError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"{path} is not a results file: {error}.", "run `hf-quant evaluate` again.") from error
+            raise EvaluationError(
+                f"{path} is not a results file: {error}.", "run `hf-quant evaluate` again."
+            ) from error

@@ -1,0 +1,349 @@
+"""evaluate(): a candidate against its float reference: accuracy, size and speed in one results file."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_quant.checkpoint import MANIFEST_FILE, atomic_write, checkpoint_digest, require_verified
+from hf_quant.errors import EvaluationError
+from hf_quant.evaluation import environment
+from hf_quant.evaluation.bootstrap import Bootstrap
+from hf_quant.evaluation.divergence import Divergence, Reference, compare, run_reference
+from hf_quant.evaluation.progress import Stages
+from hf_quant.evaluation.results import (
+    RESULTS_FILE,
+    EvaluationResult,
+    NoiseFloor,
+    Protocol,
+    SizeResult,
+    SpeedResult,
+    TextResult,
+)
+from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes
+from hf_quant.evaluation.sources import Origin, Source, load_tokenizer, opened, quiet_loading, timed_load
+from hf_quant.evaluation.speed import Subject, measure
+from hf_quant.evaluation.stream import LogitStream
+from hf_quant.evaluation.text import BUILT_IN, Text, Windows, cut_windows, load_text
+
+BOOTSTRAP_SAMPLES = 10_000
+KERNEL_VARIABLE = "HF_QUANT_KERNEL"
+AUTO_KERNEL = "auto"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the stages share."""
+
+    stages: Stages
+    candidate: Origin
+    reference: Origin
+    cuts: tuple[Windows, ...]
+    dtype: torch.dtype
+    narrow: torch.dtype
+    device: str
+    kernel: str
+
+    @property
+    def floor_dtype(self) -> torch.dtype:
+        """The other dtype of the noise floor: 16 bits against float32, whichever of them the protocol uses."""
+        return self.narrow if self.dtype == torch.float32 else torch.float32
+
+
+def evaluate(
+    candidate: Source,
+    reference: Source,
+    *,
+    tokenizer: Any = None,
+    texts: Sequence[str | Path | Text] = BUILT_IN,
+    windows: int = 16,
+    length: int = 512,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    speed: bool = True,
+    noise_floor: bool = True,
+    kernel: str = AUTO_KERNEL,
+    repeats: int = 3,
+    bootstrap_samples: int = BOOTSTRAP_SAMPLES,
+    trust_remote_code: bool = False,
+    reference_revision: str | None = None,
+    progress: bool = True,
+    command: str | None = None,
+) -> EvaluationResult:
+    """Measure a model against the float model that it was made from.
+
+    Accuracy comes first, with two models in memory at a time: the reference and the candidate, then the reference and
+    its 16-bit self (the noise floor). Besides them there are the hidden states of the windows and a few chunks of
+    logits, whatever the vocabulary. Then both models are loaded afresh in 16 bits for memory and speed.
+
+    Args:
+        candidate: a directory or Hub id that transformers can load (ours or any other format), or a model in memory.
+        reference: the float model, likewise. A model in memory is also saved to a temporary directory, because its
+            size, its load time and the noise floor need files.
+        tokenizer: default: the reference's, else the candidate's.
+        texts: ``docs``, ``prose``, text files, ``hub:name[@config][:split[:column]]``, or :class:`Text`.
+        windows: windows per text, at least 2.
+        length: tokens per window.
+        dtype: of both models during the accuracy pass; default float32, or the dtype of a reference in memory.
+        device: default ``cpu``.
+        seed: of the choice of windows and of the bootstrap.
+        speed: measure load seconds, prefill and decode tokens per second too.
+        noise_floor: compare the reference in 16 bits with itself too.
+        kernel: force one of our kernels for the candidate (``auto``: the best for each layer).
+        repeats: timed runs for the speed.
+        bootstrap_samples: resamples for the confidence intervals.
+        trust_remote_code: run Python code that comes with the models.
+        reference_revision: of a Hub id.
+        progress: bars on stderr.
+        command: recorded in the results: how to get them again.
+
+    Raises:
+        EvaluationError: no causal language models, models that do not match, texts that are missing or too short,
+            logits that are not numbers.
+        CheckpointError: a candidate of ours whose files are not those of its manifest, or damaged files.
+        KernelError: the kernel that was asked for cannot run.
+        DependencyError: a package that a format or a Hub dataset needs is not installed.
+        OutputError: no space for the temporary copy of a model in memory.
+    """
+    if kernel != AUTO_KERNEL and isinstance(candidate, PreTrainedModel):
+        raise EvaluationError(
+            f"kernel={kernel} for a model in memory.", "load it with that kernel, or pass a directory."
+        )
+    loaded = [text if isinstance(text, Text) else load_text(text) for text in texts]
+    _check_names(loaded)
+    bootstrap = Bootstrap(windows, bootstrap_samples, seed)
+    with ExitStack() as stack:
+        stages = stack.enter_context(Stages(progress))
+        stack.enter_context(quiet_loading())
+        stack.enter_context(_forced(kernel))
+        float_origin = stack.enter_context(
+            opened(reference, "reference", trust_remote_code=trust_remote_code, revision=reference_revision)
+        )
+        origin = stack.enter_context(opened(candidate, "candidate", trust_remote_code=trust_remote_code))
+        bits = bits_per_weight(origin.directory, float_origin.directory)
+        digest = _digest(origin, progress)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(float_origin, origin)
+        with stages.stage("cut windows of text"):
+            cuts = tuple(cut_windows(text, tokenizer, windows, length, seed) for text in loaded)
+        stored = _stored_dtype(float_origin)
+        narrow = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+        job = _Job(
+            stages,
+            origin,
+            float_origin,
+            cuts,
+            _protocol_dtype(dtype, float_origin, origin),
+            narrow,
+            device or "cpu",
+            kernel,
+        )
+        accuracy, floors = _accuracy(job, noise_floor)
+        sizes, speeds = _footprint(job, bits, repeats if speed else 0)
+    return EvaluationResult(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        candidate=origin.label,
+        candidate_digest=digest,
+        reference=float_origin.label,
+        reference_revision=reference_revision,
+        reference_dtype=_name(job.dtype),
+        reference_stored_dtype=_name(stored),
+        protocol=Protocol(
+            windows=windows,
+            length=length,
+            dtype=_name(job.dtype),
+            device=job.device,
+            seed=seed,
+            bootstrap_samples=bootstrap_samples,
+        ),
+        texts=tuple(
+            _text_result(cut, measured, floor, job.floor_dtype, bootstrap)
+            for cut, measured, floor in zip(cuts, accuracy, floors, strict=True)
+        ),
+        size=sizes,
+        speed=speeds,
+        environment=environment.describe(),
+        command=command,
+    )
+
+
+def evaluate_directory(directory: Path | str, reference: Source, **options: Any) -> EvaluationResult:
+    """:func:`evaluate` a checkpoint directory and record the results in its ``evaluation.json``."""
+    result = evaluate(Path(directory), reference, **options)
+    write_results(directory, result)
+    return result
+
+
+def write_results(directory: Path | str, result: EvaluationResult) -> Path:
+    """Write ``evaluation.json`` into a directory, whole or not at all; returns its path. Raises OutputError."""
+    path = Path(directory) / RESULTS_FILE
+    atomic_write(path, result.model_dump_json(indent=2) + "\n")
+    return path
+
+
+def _accuracy(job: _Job, noise_floor: bool) -> tuple[list[Divergence], list[Divergence | None]]:
+    """The candidate, and the reference in the noise floor's dtype, against the reference on every text."""
+    with job.stages.stage("load float model"):
+        stream = LogitStream(job.reference.model or job.reference.load(job.dtype, job.device), "the reference")
+    references: list[Reference] = []
+    for cut in job.cuts:
+        with job.stages.stage(f"float model on {cut.text.name}", len(cut.ids)) as advance:
+            references.append(run_reference(stream, cut.ids, advance))
+    measured = _against(job, references, job.candidate, "quantized model", job.dtype)
+    if not noise_floor:
+        return measured, [None] * len(measured)
+    fresh = Origin(job.reference.label, job.reference.directory, None, job.reference.trust_remote_code)
+    floors = _against(job, references, fresh, f"float model in {_name(job.floor_dtype)}", job.floor_dtype)
+    return measured, list(floors)
+
+
+def _against(
+    job: _Job, references: list[Reference], origin: Origin, title: str, dtype: torch.dtype
+) -> list[Divergence]:
+    with job.stages.stage(f"load {title}"):
+        model = origin.model or origin.load(dtype, job.device)
+        if origin is job.candidate and job.kernel != AUTO_KERNEL and not _runs_our_kernels(model):
+            raise EvaluationError(
+                f"kernel={job.kernel} was asked for, but {origin.label} has no layer of hf-quant.",
+                "drop the kernel, or evaluate a checkpoint made by hf-quant.",
+            )
+        stream = LogitStream(model, "the candidate" if origin is job.candidate else f"the {title}")
+    found = []
+    for cut, reference in zip(job.cuts, references, strict=True):
+        with job.stages.stage(f"{title} on {cut.text.name}", len(cut.ids)) as advance:
+            found.append(compare(reference, stream, advance))
+    del model, stream
+    gc.collect()  # transformers' models hold reference cycles; the next one would come on top
+    return found
+
+
+def _footprint(job: _Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[SpeedResult, ...]]:
+    """Bytes and speed of both models in 16 bits, loaded afresh; with ``repeats=0`` no speed."""
+    gc.collect()
+    subjects = []
+    memory = []
+    for role, origin in (("float", job.reference), ("quantized", job.candidate)):
+        with job.stages.stage(f"load {role} model in {_name(job.narrow)}"):
+            model, seconds = timed_load(origin, job.narrow, job.device)
+        if repeats:
+            subjects.append(Subject("float" if role == "float" else "quantized", model, seconds))
+        else:
+            memory.append(memory_bytes(model))
+        del model
+    speeds: tuple[SpeedResult, ...] = ()
+    if repeats:
+        with job.stages.stage("speed, in turns", len(subjects) * (repeats + 1)) as advance:
+            speeds = measure(subjects, job.cuts[0].ids.flatten(), repeats=repeats, advance=advance)
+        memory = [memory_bytes(subject.model) for subject in subjects]  # after a run, so with what kernels prepared
+    return (
+        SizeResult(
+            float_disk_bytes=disk_bytes(job.reference.directory),
+            quantized_disk_bytes=disk_bytes(job.candidate.directory),
+            float_memory_bytes=memory[0],
+            quantized_memory_bytes=memory[1],
+            memory_dtype=_name(job.narrow),
+            bits_per_weight=bits,
+        ),
+        speeds,
+    )
+
+
+def _text_result(
+    cut: Windows, measured: Divergence, floor: Divergence | None, floor_dtype: torch.dtype, bootstrap: Bootstrap
+) -> TextResult:
+    summary = measured.summary(bootstrap)
+    noise = None
+    if floor is not None:
+        below = floor.summary(bootstrap)
+        noise = NoiseFloor(
+            dtype=_name(floor_dtype),
+            kl=below.kl,
+            top1_agreement=below.top1_agreement,
+            perplexity=below.perplexity_model,
+        )
+    return TextResult(
+        name=cut.text.name,
+        source=cut.text.source,
+        sha256=cut.text.sha256,
+        tokens=measured.kl.size,
+        bos=cut.bos,
+        perplexity_float=summary.perplexity_reference,
+        perplexity_quantized=summary.perplexity_model,
+        perplexity_increase_percent=summary.perplexity_increase_percent,
+        kl=summary.kl,
+        kl_p99=measured.kl_p99,
+        top1_agreement=summary.top1_agreement,
+        noise_floor=noise,
+    )
+
+
+def _check_names(texts: Sequence[Text]) -> None:
+    if not texts:
+        raise EvaluationError("there is no text to measure on.", f"give at least one, such as {BUILT_IN[0]}.")
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise EvaluationError(f"two texts are called {name!r}.", "rename one of the files.")
+
+
+def _protocol_dtype(asked: torch.dtype | None, reference: Origin, candidate: Origin) -> torch.dtype:
+    """The accuracy pass's dtype; raises EvaluationError when a model in memory has another one than was asked for."""
+    dtype = asked or (reference.model.dtype if reference.model is not None else torch.float32)
+    for role, origin in (("reference", reference), ("candidate", candidate)):
+        if origin.model is not None and origin.model.dtype != dtype:
+            raise EvaluationError(
+                f"the {role} is in {_name(origin.model.dtype)}, but accuracy is to be measured in {_name(dtype)}.",
+                "load it in that dtype, or pass the directory instead of the model.",
+            )
+    return dtype
+
+
+def _stored_dtype(origin: Origin) -> torch.dtype:
+    """The dtype that a float checkpoint's config records; float32 where it records none."""
+    config = AutoConfig.from_pretrained(str(origin.directory), trust_remote_code=origin.trust_remote_code)
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _digest(origin: Origin, progress: bool) -> str | None:
+    """What names the candidate's content: of a checkpoint of ours, after checking its files against the manifest."""
+    if origin.model is not None or not (origin.directory / MANIFEST_FILE).is_file():
+        return None
+    require_verified(origin.directory, progress=progress)
+    return checkpoint_digest(origin.directory)
+
+
+def _runs_our_kernels(model: PreTrainedModel) -> bool:
+    return any(hasattr(module, "kernel_name") for module in model.modules())
+
+
+@contextmanager
+def _forced(kernel: str) -> Iterator[None]:
+    """The kernel for layers that are made and prepared inside the block."""
+    if kernel == AUTO_KERNEL:
+        yield
+        return
+    before = os.environ.get(KERNEL_VARIABLE)
+    os.environ[KERNEL_VARIABLE] = kernel
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[KERNEL_VARIABLE]
+        else:
+            os.environ[KERNEL_VARIABLE] = before
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,229 @@
+"""Opening what is compared: a directory, a Hub id or a model in memory; only whole causal language models."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from hf_quant.errors import DependencyError, EvaluationError, HfQuantError, OutputError
+
+Source: TypeAlias = "str | Path | PreTrainedModel"
+_SUPPORTED = "evaluate supports causal language models (AutoModelForCausalLM); other heads are not measured."
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's files are.
+
+    Attributes:
+        label: how results name it: a Hub id, or a directory's own name (results travel; paths of a machine do not).
+        directory: a local directory with its config and weights.
+        model: the model itself when it was given in memory.
+        trust_remote_code: its code may run.
+    """
+
+    label: str
+    directory: Path
+    model: PreTrainedModel | None
+    trust_remote_code: bool
+
+    def load(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
+        """A fresh copy from the files, in eval mode.
+
+        Raises:
+            EvaluationError: it cannot be loaded, or weights are missing or of the wrong shape.
+            DependencyError: the package that reads its format is not installed.
+        """
+        options: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(self.directory),
+                dtype=dtype,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+        except HfQuantError:
+            raise
+        except ImportError as error:
+            raise DependencyError(f"{self.label} cannot be loaded: {error}", "install what it names.") from error
+        except (OSError, ValueError) as error:
+            raise EvaluationError(
+                f"transformers cannot load {self.label}: {error}.", "check that the directory is a whole checkpoint."
+            ) from error
+        for kind in ("missing_keys", "mismatched_keys"):
+            keys = sorted(str(key) for key in report.get(kind) or ())
+            if keys:
+                raise EvaluationError(
+                    f"{self.label} has {len(keys)} {kind.replace('_', ' ')}, first {keys[0]}: transformers would fill "
+                    "them with random numbers.",
+                    "the checkpoint is incomplete or belongs to another architecture.",
+                )
+        return model.eval()
+
+
+@contextmanager
+def opened(
+    source: Source, role: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> Iterator[Origin]:
+    """Resolve a source to files; a model in memory is saved to a temporary directory for as long as it is measured.
+
+    Args:
+        source: a directory, a Hub id or a model.
+        role: ``candidate`` or ``reference``, for errors.
+        trust_remote_code: allow code that comes with the model.
+        revision: of a Hub id.
+
+    Raises:
+        EvaluationError: nothing is there, or it is no causal language model.
+        OutputError: no space for the temporary copy.
+    """
+    if isinstance(source, PreTrainedModel):
+        with tempfile.TemporaryDirectory(prefix="hf-quant-") as folder:
+            try:
+                source.save_pretrained(folder)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise OutputError(
+                    f"no space in {tempfile.gettempdir()} for a copy of the {role}.",
+                    "set TMPDIR to a larger disk, or pass a directory instead of a model.",
+                ) from error
+            label = Path(source.config._name_or_path or type(source).__name__).name
+            _check_causal(source.config, label, already_built=True)
+            yield Origin(label, Path(folder), source, trust_remote_code)
+        return
+    directory = Path(source)
+    if directory.is_dir():
+        label = directory.resolve().name
+    elif isinstance(source, str) and source.count("/") <= 1 and not source.startswith((".", "/", "~")):
+        label = source
+        directory = _snapshot(source, role, revision)
+    else:
+        raise EvaluationError(f"the {role} {str(source)!r} does not exist.", "give a directory or a Hub id.")
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise EvaluationError(
+            f"the {role} {label} has no config that transformers can read: {error}.",
+            "give the directory of a model (with config.json).",
+        ) from error
+    _check_causal(config, label)
+    yield Origin(label, directory, None, trust_remote_code)
+
+
+def load_tokenizer(reference: Origin, candidate: Origin) -> Any:
+    """The reference's tokenizer, or the candidate's where the reference has none; raises EvaluationError."""
+    problems = []
+    for origin in (reference, candidate):
+        # A model in memory was saved without its tokenizer; the directory it came from may still have one.
+        places = [origin.directory]
+        if origin.model is not None and origin.model.config._name_or_path:
+            places.append(Path(origin.model.config._name_or_path))
+        for place in places:
+            try:
+                return AutoTokenizer.from_pretrained(str(place), trust_remote_code=origin.trust_remote_code)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                problems.append(f"{origin.label}: {str(error).splitlines()[0]}")
+    raise EvaluationError(
+        f"neither model has a tokenizer that loads ({'; '.join(problems)}).",
+        "pass tokenizer=..., or save the tokenizer beside the model.",
+    )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars of transformers inside our own."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def timed_load(origin: Origin, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, float]:
+    """A fresh copy and the seconds until it was ready (its files usually lie in the system's page cache by then)."""
+    start = time.perf_counter()
+    model = origin.load(dtype, device)
+    synchronize(device)
+    return model, time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; a no-op on the CPU."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
+def _snapshot(name: str, role: str, revision: str | None) -> Path:
+    """The local snapshot of a Hub id with its safetensors (downloaded if need be)."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        if cached_file(name, "config.json", revision=revision) is None:
+            raise OSError("it has no config.json")
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise EvaluationError(
+            f"the {role} {name!r} is neither a directory nor a model that can be reached: {error}.",
+            "give a directory with config.json and *.safetensors, or a Hub id (and be online).",
+        ) from error
+
+
+def _check_causal(config: Any, label: str, already_built: bool = False) -> None:
+    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
+    architectures = list(getattr(config, "architectures", None) or ())
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    bidirectional = config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder:
+        raise EvaluationError(f"{label} is an encoder-decoder ({config.model_type}).", _SUPPORTED)
+    if bidirectional or not (remote or known.intersection(architectures) or (already_built and not architectures)):
+        what = ", ".join(architectures) or config.model_type
+        raise EvaluationError(f"{label} ({what}) is no causal language model.", _SUPPORTED)
+
+
+def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+# Encoders that transformers also offers as decoders (``is_decoder=True``); as they are trained, they see the future.
+_ENCODERS = frozenset(
+    {
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)

@@ -1,0 +1,164 @@
+"""Prefill and decode tokens per second of two models, taken in turns, and the kernels that ran."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.pytorch_utils import Conv1D
+
+from hf_quant.evaluation.results import SpeedResult
+from hf_quant.evaluation.sources import synchronize
+
+PREFILL_TOKENS = 512
+DECODE_TOKENS = 64
+_PROMPT_TOKENS = 16
+
+
+@dataclass
+class Subject:
+    """One of the models that take turns."""
+
+    role: Literal["float", "quantized"]
+    model: PreTrainedModel
+    load_seconds: float
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each new token was there; never stops."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        synchronize(str(self.device))
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def measure(
+    subjects: list[Subject],
+    ids: torch.Tensor,
+    *,
+    repeats: int = 3,
+    decode_tokens: int = DECODE_TOKENS,
+    advance: Callable[[], None] | None = None,
+) -> tuple[SpeedResult, ...]:
+    """Median speeds at batch 1, each model once to warm up and then ``repeats`` times, in turns.
+
+    In turns, so that a machine that slows down or is disturbed slows them all.
+
+    Args:
+        subjects: the models.
+        ids: int64 ``[tokens]``: real text for the prompts, at least ``PREFILL_TOKENS`` unless the models' context is
+            shorter.
+        repeats: timed runs per model.
+        decode_tokens: new tokens of a greedy generate(), after a short prompt; the first one is not timed.
+        advance: called after each model's turn, ``len(subjects) * (repeats + 1)`` times.
+    """
+    prefill_ids = ids[: min(PREFILL_TOKENS, len(ids), *(_context(s.model) for s in subjects))].unsqueeze(0)
+    room = min(_context(s.model) for s in subjects)
+    decode_tokens = max(2, min(decode_tokens, room - _PROMPT_TOKENS))
+    prompt = ids[:_PROMPT_TOKENS].unsqueeze(0)
+    for turn in range(repeats + 1):
+        for subject in subjects:
+            seconds = _prefill(subject, prefill_ids), _decode(subject, prompt, decode_tokens)
+            if turn:
+                subject.prefill.append(prefill_ids.shape[1] / seconds[0])
+                subject.decode.append((decode_tokens - 1) / seconds[1])
+            if advance is not None:
+                advance()
+    return tuple(
+        SpeedResult(
+            model=subject.role,
+            dtype=str(subject.model.dtype).removeprefix("torch."),
+            kernels=kernels(subject.model),
+            threads=torch.get_num_threads(),
+            load_seconds=subject.load_seconds,
+            prefill_tokens=prefill_ids.shape[1],
+            prefill_tokens_per_second=statistics.median(subject.prefill),
+            decode_tokens=decode_tokens,
+            decode_tokens_per_second=statistics.median(subject.decode),
+            repeats=repeats,
+        )
+        for subject in subjects
+    )
+
+
+def kernels(model: nn.Module) -> dict[str, int]:
+    """How many linear layers each kernel runs; ``float`` is torch's own linear, other libraries go by their names."""
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        package = type(module).__module__.partition(".")[0]
+        name = getattr(module, "kernel_name", None)
+        if isinstance(name, str):
+            counts[name] += 1
+        elif isinstance(module, nn.Linear | Conv1D) or (
+            package not in ("torch", "transformers") and _is_linear(module)
+        ):
+            counts["float" if type(module) in (nn.Linear, Conv1D) else f"{package} {type(module).__name__}"] += 1
+    return dict(counts.most_common())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _context(model: PreTrainedModel) -> int:
+    """The longest sequence the model has positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else PREFILL_TOKENS + DECODE_TOKENS
+
+
+@torch.no_grad()
+def _prefill(subject: Subject, ids: torch.Tensor) -> float:
+    """Seconds for one forward pass that fills the cache and gives the next token's logits."""
+    ids = ids.to(subject.device)
+    synchronize(str(subject.device))
+    start = time.perf_counter()
+    try:
+        subject.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    except TypeError:  # a model from before logits_to_keep computes every position's
+        start = time.perf_counter()
+        subject.model(input_ids=ids, use_cache=True)
+    synchronize(str(subject.device))
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def _decode(subject: Subject, prompt: torch.Tensor, new_tokens: int) -> float:
+    """Seconds from the first new token to the last one of a greedy generate()."""
+    clock = _Clock(subject.device)
+    own = subject.model.generation_config
+    eos = own.eos_token_id if own is not None else None
+    first = eos[0] if isinstance(eos, list) else eos
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        eos_token_id=eos,
+        pad_token_id=first if first is not None else 0,
+    )
+    ids = prompt.to(subject.device)
+    subject.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return clock.times[-1] - clock.times[0]

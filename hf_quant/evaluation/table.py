@@ -1,0 +1,136 @@
+"""Results as tables: rich for a terminal, Markdown for files."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text as RichText
+
+from hf_quant.evaluation.results import EvaluationResult, Interval, SpeedResult
+
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+
+
+def render(result: EvaluationResult) -> Group:
+    """Accuracy, size and speed as rich tables under one heading."""
+    protocol = result.protocol
+    heading = RichText(
+        f"{result.candidate} against {result.reference}: {protocol.windows} windows of {protocol.length} tokens per "
+        f"text, {protocol.dtype}, 95 % intervals"
+    )
+    parts: list[RichText | Table] = [heading]
+    for title, header, rows in _tables(result):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for i, column in enumerate(header):
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        parts += [RichText(), table]
+    return Group(*parts)
+
+
+def markdown(result: EvaluationResult) -> str:
+    """The same tables as Markdown."""
+    lines = []
+    for title, header, rows in _tables(result):
+        lines += [f"**{title}**", "", *markdown_table(header, rows), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table: the first column to the left, the others to the right."""
+    ruler = ["---", *("---:" for _ in header[1:])]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (header, ruler, *rows)]
+
+
+def _tables(result: EvaluationResult) -> list[tuple[str, list[str], list[list[str]]]]:
+    header = ["text", "model", "perplexity", "increase", "KL (nats/token)", "KL p99", "top-1 agreement"]
+    rows = []
+    for text in result.texts:
+        rows.append([text.name, "float", _interval(text.perplexity_float, 2), "", "", "", ""])
+        rows.append(
+            [
+                "",
+                "quantized",
+                _interval(text.perplexity_quantized, 2),
+                f"{_interval(text.perplexity_increase_percent, 2)} %",
+                _interval(text.kl, 4),
+                f"{text.kl_p99:.3g}",
+                _interval(text.top1_agreement, 2, 100) + " %",
+            ]
+        )
+        if text.noise_floor is not None:
+            floor = text.noise_floor
+            rows.append(
+                [
+                    "",
+                    f"noise floor: float in {floor.dtype}",
+                    _interval(floor.perplexity, 2),
+                    "",
+                    _interval(floor.kl, 4),
+                    "",
+                    _interval(floor.top1_agreement, 2, 100) + " %",
+                ]
+            )
+    tables = [("Accuracy", header, rows), ("Size", *_size(result))]
+    if result.speed:
+        tables.append(("Speed", *_speed(result.speed)))
+    return tables
+
+
+def _size(result: EvaluationResult) -> tuple[list[str], list[list[str]]]:
+    size = result.size
+    on_disk = f"float ({result.reference_stored_dtype} on disk)" if result.reference_stored_dtype else "float"
+    header = ["", on_disk, "quantized", "ratio"]
+    rows = [
+        ["weights on disk", amount(size.float_disk_bytes), amount(size.quantized_disk_bytes)],
+        [
+            f"tensors in memory ({size.memory_dtype})" if size.memory_dtype else "tensors in memory",
+            amount(size.float_memory_bytes),
+            amount(size.quantized_memory_bytes),
+        ],
+    ]
+    ratios = (
+        size.float_disk_bytes / max(1, size.quantized_disk_bytes),
+        size.float_memory_bytes / max(1, size.quantized_memory_bytes),
+    )
+    rows = [[*row, f"{ratio:.2f}×"] for row, ratio in zip(rows, ratios, strict=True)]
+    rows.append(["bits per quantized weight", "", f"{size.bits_per_weight:.2f}", ""])
+    return header, rows
+
+
+def _speed(speeds: tuple[SpeedResult, ...]) -> tuple[list[str], list[list[str]]]:
+    first = speeds[0]
+    header = [
+        f"{first.threads} threads",
+        "dtype",
+        "load s",
+        f"prefill of {first.prefill_tokens}, tok/s",
+        f"decode of {first.decode_tokens}, tok/s",
+        "kernels (layers)",
+    ]
+    rows = [
+        [
+            run.model,
+            run.dtype,
+            f"{run.load_seconds:.2f}",
+            f"{run.prefill_tokens_per_second:,.0f}",
+            f"{run.decode_tokens_per_second:.1f}",
+            ", ".join(f"{name} ({count})" for name, count in run.kernels.items()),
+        ]
+        for run in speeds
+    ]
+    return header, rows
+
+
+def amount(count: int) -> str:
+    """Bytes in decimal units: ``1.24 GB``, ``96.3 MB``, ``512 B``."""
+    for unit, scale in _UNITS:
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 100 * scale else f"{count / scale:.0f} {unit}"
+    return f"{count} B"
+
+
+def _interval(interval: Interval, digits: int, factor: float = 1.0) -> str:
+    value, low, high = (factor * v for v in (interval.value, interval.low, interval.high))
+    return f"{value:.{digits}f} ({low:.{digits}f} – {high:.{digits}f})"
