@@ -1,6 +1,7 @@
 """The kernel ``bitsandbytes``: its fused NF4/FP4 products, and on CUDA int4/int8 through its table-driven ops.
 
-What its ops can represent, and the traps guarded against here (bitsandbytes 0.50; scripts/check_cuda.py tests them):
+What its ops can represent, and the traps guarded against here (read in the source of bitsandbytes 0.50; the first
+layer of a kind runs a small product against ``grids.decode``, and scripts/check_cuda.py checks far more on a GPU):
 
 * ``gemm_4bit`` / ``dequantize_4bit``: NF4 and FP4 only. Fused for few rows, dequantize + matmul for many, as
   bitsandbytes itself decides. Blocks must divide the row: with straddling blocks the CPU backend returns garbage.
@@ -21,9 +22,10 @@ import torch
 from torch.nn import functional
 
 from hf_quant.errors import KernelError
+from hf_quant.grids import Scheme
 from hf_quant.kernels.autograd import with_input_gradient
 from hf_quant.kernels.registry import Kernel, LayerSpec, Prepared
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.tensor import DoubleQuant, QuantizedTensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OPS = ("gemm_4bit", "gemv_4bit", "dequantize_4bit", "dequantize_blockwise")
@@ -32,7 +34,8 @@ _MIN_BLOCK = 32
 _MAX_BLOCK = {"cpu": 1024, "cuda": 4096}
 _ONE_BLOCK = 1 << 30  # larger than any tensor that passes the 32-bit guard: the whole tensor shares one scale
 _INT32_ELEMENTS = 1 << 31
-# int4: each row of x costs one pass over the codes; from here on, one dequantization serves all rows faster.
+# int4: a row costs one pass over 0.5 bytes per weight, dequantization writes and reads 9 bytes for any number of rows.
+# Counted in bytes alone that would be 14 rows; the one-row op does not reach the full bandwidth.
 _GEMV_ROWS = 4
 
 
@@ -66,14 +69,14 @@ class BitsAndBytesKernel(Kernel):
         if spec.device == "cpu":
             if scheme.grid == "int":
                 return "its CPU backend reads every 4-bit code as nf4 or fp4 and has no product for int grids"
-            return None
+            return _disagreement("cpu", False, spec.dtype)
         if not torch.cuda.is_available():
             return "there is no CUDA device"
         if spec.out_features * spec.in_features >= _INT32_ELEMENTS:
             return "it counts elements in 32-bit integers and this weight has 2^31 or more"
         if scheme.grid == "int" and torch.version.hip is not None:
-            return "its custom tables were checked on CUDA, not on ROCm"
-        return None
+            return "its custom tables are used on CUDA only, not on ROCm"
+        return _disagreement("cuda", scheme.grid == "int", spec.dtype)
 
     def describe(self, spec: LayerSpec) -> str:
         if spec.scheme.grid != "int":
@@ -138,31 +141,19 @@ class BitsAndBytesKernel(Kernel):
         trains = torch.is_grad_enabled() and x.requires_grad
         trains_bias = torch.is_grad_enabled() and bias is not None and bias.requires_grad
         fused_bias = None if bias is None or trains_bias else bias.to(x.dtype)
-        product = _table_product if spec.scheme.grid != "int" else self._uniform_product
         rows = _aligned(x.detach() if trains else x, spec.in_features)
-        y = product(rows, prepared, spec, fused_bias) if rows.shape[0] else rows.new_zeros(0, spec.out_features)
+        if not rows.shape[0]:
+            y = rows.new_zeros(0, spec.out_features)
+        elif spec.scheme.grid != "int":
+            y = _table_product(rows, prepared, spec, fused_bias)
+        elif _has_gemv(spec) and rows.shape[0] <= _GEMV_ROWS:
+            y = _gemv(rows, prepared, spec, fused_bias)
+        else:
+            y = functional.linear(rows, self.dequantize(prepared, spec, rows.dtype), fused_bias)
         y = y.view(*x.shape[:-1], spec.out_features)
         if trains:
             y = with_input_gradient(x, y, self, prepared, spec)
         return y + bias.to(x.dtype) if trains_bias and bias is not None else y
-
-    def _uniform_product(
-        self, rows: torch.Tensor, prepared: Prepared, spec: LayerSpec, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        offset = prepared.extras.get("offset")
-        one_plane = spec.scheme.bits == 8 and offset is None
-        if _has_gemv(spec) and rows.shape[0] <= _GEMV_ROWS:
-            wide = _gemv(rows, prepared, spec)
-        elif one_plane or (rows.dtype != torch.float32 and not _has_wide_matmul()):
-            return functional.linear(rows, self.dequantize(prepared, spec, rows.dtype), bias)
-        else:
-            wide = _wide_product(rows, _planes(prepared, spec, _absmax(prepared), _block(spec), rows.dtype))
-        if offset is not None:
-            sums = rows.view(rows.shape[0], -1, spec.group).sum(-1, dtype=torch.float32)
-            wide = torch.addmm(wide, sums, offset.t(), alpha=-1)
-        if bias is not None:
-            wide = wide + bias
-        return wide.to(rows.dtype)
 
 
 @cache
@@ -199,12 +190,6 @@ def _block(spec: LayerSpec) -> int:
 
 def _has_gemv(spec: LayerSpec) -> bool:
     return spec.scheme.bits == 4 and spec.device == "cuda" and spec.out_features % 4 == 0
-
-
-@cache
-def _has_wide_matmul() -> bool:
-    """Whether half-precision products can leave the matmul in float32 (torch >= 2.8, CUDA)."""
-    return hasattr(torch.ops.aten.addmm, "dtype") and torch.cuda.is_available()
 
 
 @cache
@@ -281,25 +266,80 @@ def _merge(planes: tuple[torch.Tensor, ...], shape: tuple[int, int]) -> torch.Te
     return planes[0] if len(planes) == 1 else torch.stack(planes, dim=-1).view(shape)
 
 
-def _gemv(rows: torch.Tensor, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
-    """int4 products of few rows in float32, which is as fast as half precision here: the codes are what is read.
-
-    In half precision the op would round scales, weights and every single product.
-    """
+def _gemv(rows: torch.Tensor, prepared: Prepared, spec: LayerSpec, bias: torch.Tensor | None) -> torch.Tensor:
+    """int4, few rows, in float32: in half precision the op would round scales, weights and every single product."""
     shape = (spec.out_features, spec.in_features)
     levels, absmax, block = prepared.extras["levels"], _absmax(prepared), _block(spec)
     gemv = torch.ops.bitsandbytes.gemv_4bit
-    parts = [gemv(row, prepared.weight, shape, absmax, levels, block) for row in rows.to(torch.float32).split(1)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    wide = rows.to(torch.float32)
+    parts = [gemv(row, prepared.weight, shape, absmax, levels, block) for row in wide.split(1)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if "offset" in prepared.extras:
+        y = y - _zero_point_term(wide, prepared, spec)
+    if bias is not None:
+        y = y + bias
+    return y.to(rows.dtype)
 
 
-def _wide_product(rows: torch.Tensor, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """``rows [M, in]`` times the planes, summed in float32 ``[M, out]``: int4 weights are never interleaved."""
-    step = len(planes)
-    if rows.dtype == torch.float32:
-        total = torch.mm(rows[:, 0::step], planes[0].t())
-        return total if step == 1 else torch.addmm(total, rows[:, 1::step], planes[1].t())
-    total = torch.mm(rows[:, 0::step], planes[0].t(), out_dtype=torch.float32)
-    if step == 1:
-        return total
-    return torch.addmm(total, rows[:, 1::step], planes[1].t(), out_dtype=torch.float32)
+def _zero_point_term(rows: torch.Tensor, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
+    """What zero points take off a product made without them: group sums of x times (zero_point - middle) * scale."""
+    sums = rows.view(rows.shape[0], -1, spec.group).sum(-1)
+    return sums @ prepared.extras["offset"].t()
+
+
+@cache
+@torch.no_grad()
+def _disagreement(device: str, int_grid: bool, dtype: torch.dtype, run_as: str = "") -> str | None:
+    """Run small layers on ``device`` and compare with grids.decode: a reason when this machine gives other numbers.
+
+    bitsandbytes has a backend per device and several code paths per processor; none is trusted unseen. ``run_as``
+    takes the path of another device (tests take that of CUDA on the CPU, where it must be caught).
+    """
+    reason = _load()
+    if reason is not None:
+        return reason
+    kernel, rows, columns = BitsAndBytesKernel(), 64, 192
+    for scheme in _INT_SAMPLES if int_grid else _TABLE_SAMPLES:
+        tensor = _sample(scheme, rows, columns, device)
+        spec = LayerSpec(scheme, rows, columns, run_as or device, dtype)
+        expected = tensor.dequantize()
+        try:
+            prepared = kernel.prepare(tensor, spec)
+            weights = kernel.dequantize(prepared, spec, torch.float32)
+            worst = float((weights - expected).abs().max() / expected.abs().max())
+            for count in (1, 9):
+                x = torch.linspace(0, 9, count * columns, dtype=torch.float32, device=device).cos().add(0.5)
+                x = x.view(count, columns).to(dtype)
+                y = kernel.linear(x, prepared, spec).to(torch.float32)
+                exact = x.to(torch.float32) @ expected.t()
+                worst = max(worst, float((y - exact).abs().max() / exact.abs().max()))
+        except (RuntimeError, NotImplementedError) as error:
+            return f"it fails on this machine for {scheme.label} ({type(error).__name__}: {error})".rstrip(".")
+        if not worst < 0.05:
+            return f"it gives wrong numbers on this machine for {scheme.label} (off by {worst:.0%})"
+    return None
+
+
+_INT_SAMPLES = tuple(
+    Scheme(bits=bits, symmetric=symmetric, group_size=64) for bits in (4, 8) for symmetric in (True, False)
+)
+_TABLE_SAMPLES = (Scheme("nf4", group_size=64), Scheme("nf4", group_size=64, double_quant=True), Scheme("fp4"))
+
+
+def _sample(scheme: Scheme, rows: int, columns: int, device: str) -> QuantizedTensor:
+    """A small layer whose codes, scales (of both signs) and zero points all differ along rows and columns."""
+    top, groups = 1 << scheme.bits, scheme.groups(columns)
+    codes = (torch.arange(rows * columns, device=device) * 37 % 251 % top).to(torch.uint8).view(rows, columns)
+    steps = torch.arange(rows * groups, device=device).view(rows, groups)
+    zero = None if scheme.symmetric else (steps * 5 % top).to(torch.uint8)
+    if not scheme.double_quant:
+        # dtypes are spelled out: models are built under another default dtype and on another default device
+        scale = (steps + 1).to(torch.float32) * (1 - 2 * (steps % 3 == 0).to(torch.float32)) / steps.numel()
+        return QuantizedTensor.from_codes(codes, scale, zero, scheme)
+    nested = DoubleQuant(
+        codes=(steps * 53 % 256).to(torch.uint8),
+        absmax=torch.arange(1, 2 + steps.numel() // 256, dtype=torch.float32, device=device) * 0.25,
+        offset=torch.tensor(0.25, dtype=torch.float32, device=device),
+        table=torch.linspace(-1, 1, 256, dtype=torch.float32, device=device),
+    )
+    return QuantizedTensor.from_codes(codes, nested, zero, scheme)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from hf_quant.kernels import registry
 from hf_quant.tensor import DoubleQuant, QuantizedTensor
 
 pytest.importorskip("bitsandbytes")
+SCRIPT = Path(__file__).parents[2] / "scripts" / "check_cuda.py"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 TABLES = ("nf4", "fp4")
@@ -220,15 +225,28 @@ def test_int_weights_decode_exactly(
         assert torch.equal(kernel.dequantize(prepared, spec, dtype), tensor.dequantize(dtype))
 
 
-@pytest.mark.parametrize("scheme", INTS)
-def test_planes_with_zero_point_correction_give_the_product(kernel: registry.Kernel, scheme: Scheme) -> None:
-    tensor = make(scheme, 33, 576)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_can_be_taken_off_afterwards(kernel: registry.Kernel, bits: int) -> None:
+    tensor = make(Scheme(bits=bits, symmetric=False, group_size=64), 33, 576)
+    centred = QuantizedTensor(tensor.packed, tensor.scale, None, Scheme(bits=bits, group_size=64), tensor.shape)
     spec = spec_of(tensor)
-    prepared = kernel.prepare(tensor, spec)
-    assert isinstance(kernel, module.BitsAndBytesKernel)
     x = torch.randn(9, 576) + 0.5
-    y = kernel._uniform_product(x, prepared, spec, torch.ones(33))
-    assert relative(y, x.double() @ tensor.dequantize().double().t() + 1) < 1e-6
+    term = module._zero_point_term(x, kernel.prepare(tensor, spec), spec)
+    wide = x.double()
+    expected = wide @ centred.dequantize().double().t() - wide @ tensor.dequantize().double().t()
+    assert relative(term, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_self_check_passes_where_the_numbers_are_right(dtype: torch.dtype) -> None:
+    assert module._disagreement("cpu", False, dtype) is None
+    assert module._disagreement("cpu", True, dtype) is None  # by table-driven dequantization, without gemv_4bit
+
+
+def test_self_check_catches_a_table_that_is_silently_ignored() -> None:
+    """gemv_4bit with a linear table on the CPU computes nf4 products: the check that guards CUDA must see that."""
+    reason = module._disagreement("cpu", True, torch.float32, run_as="cuda")
+    assert reason is not None and "wrong numbers on this machine for int4 sym" in reason
 
 
 @pytest.mark.parametrize("scheme", [*INTS, Scheme("nf4"), Scheme("nf4", double_quant=True)])
@@ -304,3 +322,56 @@ def test_only_the_known_message_is_dropped() -> None:
     assert not module._not_about_optional_kernels(record(known))
     assert module._not_about_optional_kernels(record("bitsandbytes library load error"))
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").filters
+
+
+# ---- scripts/check_cuda.py, which a user with a GPU runs
+
+
+def load_script() -> ModuleType:
+    found = importlib.util.spec_from_file_location("check_cuda", SCRIPT)
+    assert found is not None and found.loader is not None
+    script = importlib.util.module_from_spec(found)
+    sys.modules["check_cuda"] = script  # dataclasses look their module up
+    found.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_script_says_that_there_is_no_gpu() -> None:
+    paths = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert result.returncode == 2
+    assert "There is no CUDA GPU" in result.stderr and "nothing was checked" in result.stderr
+
+
+def test_script_tells_right_ops_from_wrong_ones(kernel: registry.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU every op of the script is exact but gemv_4bit, which ignores its table: the script must see that."""
+    script = load_script()
+    for name, value in {"DEVICE": "cpu", "OUT": 64, "WIDTHS": (64,), "BLOCKS": (32,), "ROWS": (1, 3)}.items():
+        monkeypatch.setattr(script, name, value)
+    contracts = {contract.claim: contract for contract in script.check_ops()}
+    broken = [claim for claim, contract in contracts.items() if not contract.holds]
+    assert broken == ["gemv_4bit reads a linear 16-entry table (1 row)"]
+    assert all(contract.cases for contract in contracts.values())
+
+
+def test_script_cannot_be_fooled() -> None:
+    script = load_script()
+    right = torch.randn(100, 100, dtype=torch.float64)
+    one_wrong = right.clone()
+    one_wrong[3, 5] += 1
+    assert script.distance(right.float(), right) < 1e-6
+    assert script.distance(one_wrong, right) == float("inf")
+    assert script.distance(torch.full_like(right, float("nan")), right) == float("inf")
+    contract = script.Contract("nothing was checked")
+    assert not contract.holds
+    contract.record("fine", 0.0, 0.0)
+    assert contract.holds
+    contract.record("not a number", float("nan"), 1.0)
+    assert not contract.holds and contract.worst_case == "not a number"
