@@ -104,7 +104,8 @@ class HfQuantConfig(QuantizationConfigMixin):
             _raise_unknown(next(iter(unknown)), [*SCHEME_KEYS, *_OTHER_KEYS])
         if str(quant_method) != QUANT_METHOD:
             raise ConfigError(
-                f"quant_method={quant_method!r} is not {QUANT_METHOD!r}.", "drop the key, or use the config class it names."
+                f"quant_method={quant_method!r} is not {QUANT_METHOD!r}.",
+                "drop the key, or use the config class it names.",
             )
         if isinstance(skip, str):
             raise ConfigError(f"skip={skip!r} is a string.", "pass a list of patterns.")
@@ -126,7 +127,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             },
             "config",
         )
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.quant_method = QUANT_METHOD
         default = _complete(request, None, "config")
         self.bits = default.scheme.bits
         self.grid: GridName = default.scheme.grid
@@ -208,7 +209,8 @@ _OTHER_KEYS = ("overrides", "skip", "on_indivisible", "scale_dtype", "kernel", "
 def _raise_unknown(key: str, known: Sequence[str]) -> None:
     near = difflib.get_close_matches(key, known, n=2)
     raise ConfigError(
-        f"unknown config key {key!r}.", f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known)}."
+        f"unknown config key {key!r}.",
+        f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known)}.",
     )
 
 
@@ -221,7 +223,8 @@ def _validate(model: type[_Request], data: dict[str, Any], where: str) -> _Reque
         if first["type"] == "extra_forbidden":
             _raise_unknown(location[-1], SCHEME_KEYS)
         raise ConfigError(
-            f"{where} key {'.'.join(location)}={first['input']!r}: {first['msg']}.", "see `help(hf_quant.HfQuantConfig)`."
+            f"{where} key {'.'.join(location)}={first['input']!r}: {first['msg']}.",
+            "see `help(hf_quant.HfQuantConfig)`.",
         ) from error
 
 

@@ -121,9 +121,7 @@ def levels(grid: GridName, device: torch.device | str | None = None) -> torch.Te
     raise ConfigError(f"grid {grid!r} has no table of levels.", "use nf4 or fp4.")
 
 
-def decode(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
+def decode(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
     """Values of codes, in float32: the definition that every kernel is held to.
 
     Args:

@@ -181,7 +181,9 @@ class _Rules:
             if any(matches(pattern, name) for name in names):
                 return
         except re.error as error:
-            raise PlanError(f"{option} pattern {pattern!r} is not a regular expression: {error}.", "mend it.") from error
+            raise PlanError(
+                f"{option} pattern {pattern!r} is not a regular expression: {error}.", "mend it."
+            ) from error
         bare = pattern.removeprefix(REGEX)
         leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
         near = difflib.get_close_matches(bare, names + leaves, n=3, cutoff=0.4) or leaves[:5]
@@ -211,12 +213,15 @@ class _Rules:
 def _default_skips(model: nn.Module) -> dict[str, str]:
     """Modules that stay in float unless an override names them, with the reason."""
     skips: dict[str, str] = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_head = getattr(model, "get_output_embeddings", None)
+    head = output_head() if callable(output_head) else None
     keep: set[str] = set()
     for owner in model.modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             keep |= set(getattr(owner, attribute, None) or ())
-    last = next(reversed([name for name, module in model.named_modules() if any(True for _ in module.parameters(False))]))
+    last = next(
+        reversed([name for name, module in model.named_modules() if any(True for _ in module.parameters(False))])
+    )
     for name, module in model.named_modules():
         if not is_linear(module):
             continue
@@ -245,7 +250,8 @@ def _plan_linear(name: str, module: nn.Module, rules: _Rules, tied: dict[str, st
     if partner is not None:
         if name in rules.config.overrides and rules.config.override(name) is not None:
             raise PlanError(
-                f"{name} cannot be quantized: its weight is tied to {partner}.", "drop the override, or untie the weights."
+                f"{name} cannot be quantized: its weight is tied to {partner}.",
+                "drop the override, or untie the weights.",
             )
         shared = 0 if f"{name}.weight" in tied else layer.float_bytes
         return replace(layer, rule="default skip", note=f"tied to {partner}", float_bytes=shared)
@@ -290,9 +296,7 @@ def fit_group(scheme: Scheme, columns: int, name: str, on_indivisible: str) -> t
     return fitted, f"{asked} does not fit rows of {columns}: {fitted.label}"
 
 
-def _plan_other(
-    full: str, leaf: str, module: nn.Module, parameter: torch.Tensor, tied: dict[str, str]
-) -> PlannedLayer:
+def _plan_other(full: str, leaf: str, module: nn.Module, parameter: torch.Tensor, tied: dict[str, str]) -> PlannedLayer:
     shape = tuple(parameter.shape)
     if isinstance(module, nn.Embedding):
         kind, note = "Embedding", "embeddings stay in float"

@@ -101,8 +101,9 @@ class QuantizedTensor:
     @staticmethod
     def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            expected = f"{' or '.join(map(str, dtypes))} {list(shape)}"
             raise FormatError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {' or '.join(map(str, dtypes))} {list(shape)}.",
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {expected}.",
                 "the tensors belong to another shape or scheme, or the file is damaged.",
             )
 

@@ -55,7 +55,7 @@ def plan(
         override=override,
         on_indivisible=on_indivisible,
     )
-    from hf_quant.plan import plan_directory
+    from hf_quant.skeleton import plan_directory
 
     made = plan_directory(model, config, trust_remote_code=trust_remote_code)
     if json:

@@ -1,7 +1,7 @@
 """``optimum-cli hf-quant ...``: the same commands, through optimum's command line.
 
-The wheel installs this file as ``optimum/commands/register/register_hf_quant.py``, in a namespace folder that optimum-cli
-searches. It is imported on every start of optimum-cli, so hf-quant itself is imported only in ``run``.
+The wheel installs this file as ``optimum/commands/register/register_hf_quant.py``, in a namespace folder that
+optimum-cli searches. It is imported on every start of optimum-cli, so hf-quant itself is imported only in ``run``.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def nearest_values(
     return _cell_values(scheme.grid).to(groups.device).index_select(0, cells.view(-1)).view_as(groups)
 
 
-def nearest_codes(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
+def nearest_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
     """The code whose value is nearest to each weight: uint8 ``[n, group]``; arguments as :func:`nearest_values`."""
     if scheme.grid == "int":
         shift = scheme.implied_zero_point if zero is None else zero.unsqueeze(1)

@@ -2,9 +2,10 @@
 
 For fixed codes c (values at scale one) the best scale of a group w is the weighted least-squares fit
 s = <w, c> / <c, c>, and it leaves the error <w, w> - <w, c>^2 / <c, c>. So a candidate is judged by <w, c>^2 / <c, c>
-alone, with no reconstruction. Candidates stretch or clip the range of the group, with both signs of the scale: the grids
-are lopsided (int4 has -8 but not +8, NF4 has eight positive levels and seven negative), and a negative scale turns them
-round. The winner is refined by alternating nearest codes and least-squares scales (a Lloyd iteration on a fixed grid).
+alone, with no reconstruction. Candidates stretch or clip the range of the group, with both signs of the scale: the
+grids are lopsided (int4 has -8 but not +8, NF4 has eight positive levels and seven negative), and a negative scale
+turns them round. The winner is refined by alternating nearest codes and least-squares scales (a Lloyd iteration on a
+fixed grid).
 """
 
 from __future__ import annotations

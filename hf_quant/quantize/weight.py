@@ -116,5 +116,3 @@ def _error(
     """Squared error per group ``[n]`` with nearest codes."""
     difference = nearest_values(groups, scale, zero, scheme).mul_(scale.unsqueeze(1)).sub_(groups).square_()
     return (difference if importance is None else difference.mul_(importance)).sum(1)
-
-

@@ -1,0 +1,262 @@
+"""The Python interface: quantize a model or a directory, save it, load it, look inside."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_quant.checkpoint import (
+    atomic_directory,
+    check_directory,
+    check_output,
+    copy_side_files,
+    read_manifest,
+    write_manifest,
+)
+from hf_quant.checkpoint.contents import MANIFEST_FILE
+from hf_quant.config import HfQuantConfig
+from hf_quant.errors import CheckpointError, ConfigError
+from hf_quant.formats import FORMATS
+from hf_quant.integrations.transformers import HfQuantQuantizer, prepare, publish, requested_kernel
+from hf_quant.nn.swap import put_quantized, quantized_modules
+from hf_quant.plan import make_plan
+from hf_quant.provenance import KEY, plan_rows
+from hf_quant.quantize.weight import quantize_weight
+from hf_quant.skeleton import model_class
+
+logger = logging.getLogger("hf_quant")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer of a model in memory."""
+
+    name: str
+    shape: tuple[int, int]
+    label: str
+    kernel: str | None
+    reason: str | None
+    nbytes: int
+
+
+def quantize(
+    model: PreTrainedModel | str | os.PathLike[str],
+    config: HfQuantConfig | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Quantize a model, and save it when ``output_dir`` is given.
+
+    Args:
+        model: a float model in memory (its linear layers are replaced in place), or a directory or Hub id, which is
+            read tensor by tensor: at no moment is the whole float model held.
+        config: what to do; the default is 4-bit, symmetric, groups of 32, data-free adaptive scales.
+        output_dir: where the checkpoint goes, whole or not at all.
+        tokenizer: saved beside a model in memory; for a directory its tokenizer files are copied.
+        device: where the quantized model lives and where the work is done (default: CPU, or where the model is).
+        dtype: of everything that stays in float; ``auto`` is the checkpoint's own.
+        revision: of a Hub id.
+        overwrite: replace an existing checkpoint in ``output_dir``.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Returns:
+        The quantized model, ready to run.
+
+    Raises:
+        HfQuantError: bad input, named with its fix, before any output is written.
+    """
+    config = config or HfQuantConfig()
+    if output_dir is not None:
+        check_output(Path(output_dir), overwrite)
+    source: str | None = None
+    if isinstance(model, nn.Module):
+        quantized = _quantize_in_memory(model, config)
+        if device is not None:
+            quantized.to(device)
+            prepare(quantized)
+    else:
+        source = os.fspath(model)
+        quantized = _quantize_on_load(
+            source, config, output_dir is not None, device, dtype, revision, trust_remote_code
+        )
+    if output_dir is not None:
+        save(quantized, output_dir, tokenizer, overwrite=overwrite, side_files=source)
+    return quantized
+
+
+def save(
+    model: PreTrainedModel,
+    output_dir: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    side_files: str | os.PathLike[str] | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a quantized model in its stock format with manifest and provenance, whole or not at all.
+
+    Args:
+        model: quantized by hf-quant (``quantize``, ``from_pretrained`` or ``load``).
+        output_dir: a new directory, or one of ours with ``overwrite``.
+        tokenizer: or processor, saved beside it.
+        overwrite: replace an existing checkpoint.
+        side_files: directory whose tokenizer, processor, chat template and licence files are copied.
+        max_shard_size: as in ``save_pretrained``.
+
+    Raises:
+        CheckpointError: the model was not quantized by hf-quant.
+        FormatError: its format cannot hold a layer.
+        OutputExistsError, OutputError: the directory cannot be written.
+    """
+    if not any(True for _ in quantized_modules(model)) or not hasattr(model, "hf_quantizer"):
+        raise CheckpointError(
+            f"{type(model).__name__} is not quantized by hf-quant.",
+            "quantize it with hf_quant.quantize(model, config).",
+        )
+    model.hf_quantizer.is_serializable()
+    output = Path(output_dir)
+    check_output(output, overwrite)
+    with atomic_directory(output, overwrite=overwrite) as directory:
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        if side_files is not None and Path(side_files).is_dir():
+            copy_side_files(Path(side_files), directory)
+        plan = getattr(model.hf_quantizer, "plan", None)
+        rows = plan_rows(plan) if plan is not None else _recorded_rows(model)
+        write_manifest(directory, getattr(model.config, KEY, {}), rows)
+    return output
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    kernel: str = "auto",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a quantized checkpoint (a directory or a Hub id) on our runtime, still packed in memory.
+
+    Args:
+        directory: of a compressed-tensors or bitsandbytes 4-bit checkpoint, ours or one that we can hold.
+        device: default CPU.
+        dtype: of the float part and the activations.
+        kernel: ``auto`` or one of ``reference``, ``cpu``, ``bitsandbytes``.
+        trust_remote_code: run model code that comes with the checkpoint.
+        **kwargs: for ``from_pretrained``.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or not a checkpoint that our runtime holds.
+        KernelError: the kernel cannot run a layer.
+    """
+    source = os.fspath(directory)
+    if Path(source).is_dir():
+        check_directory(source)
+    elif Path(source).is_absolute() or source.startswith("."):
+        raise CheckpointError(f"{source} is not a directory.", "pass the directory of a checkpoint, or a Hub id.")
+    with requested_kernel(kernel):
+        model = _from_pretrained(source, device, dtype, trust_remote_code, **kwargs)
+    if not any(True for _ in quantized_modules(model)):
+        raise CheckpointError(
+            f"{source} holds no layer that our runtime runs packed.",
+            "load it with transformers' from_pretrained; `hf-quant inspect` says what it is.",
+        )
+    return model
+
+
+def inspect_model(model: nn.Module) -> list[LayerReport]:
+    """Every quantized layer with its scheme, its kernel and why that kernel, and its bytes in memory."""
+    reports = []
+    for name, layer in quantized_modules(model):
+        nbytes = sum(p.numel() * p.element_size() for leaf, p in layer.named_parameters() if leaf != "bias")
+        shape = (layer.out_features, layer.in_features)
+        reports.append(LayerReport(name, shape, layer.scheme.label, layer.kernel_name, layer.kernel_reason, nbytes))
+    return reports
+
+
+def _quantize_in_memory(model: nn.Module, config: HfQuantConfig) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"{type(model).__name__} is not a transformers model.", "pass a PreTrainedModel or a path.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigError(f"{type(model).__name__} is quantized already.", "start from the float model.")
+    plan = make_plan(model, config)
+    # every weight is quantized before any is replaced: a bad one leaves the model as it was
+    tensors = {}
+    for layer in plan.quantized:
+        assert layer.scheme is not None
+        weight = model.get_parameter(f"{layer.name}.weight").detach()
+        tensors[layer.name] = quantize_weight(
+            weight.t() if layer.kind == "Conv1D" else weight,
+            layer.scheme,
+            layer.method,
+            scale_dtype=getattr(torch, plan.scale_dtype),
+            name=layer.name,
+        )
+    for name in list(tensors):
+        put_quantized(model, name, tensors.pop(name), config.kernel)
+    quantizer = HfQuantQuantizer(config, pre_quantized=False)
+    quantizer.plan, quantizer.format_name = plan, plan.format
+    model.hf_quantizer = quantizer
+    publish(model, quantizer)
+    prepare(model)
+    return model
+
+
+def _quantize_on_load(
+    source: str,
+    config: HfQuantConfig,
+    saving: bool,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    if Path(source).is_dir():
+        check_directory(source)
+    elif Path(source).is_absolute() or source.startswith("."):
+        raise CheckpointError(f"{source} is not a directory.", "pass the directory of a float model, or a Hub id.")
+    settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    if getattr(settings, "quantization_config", None):
+        method = dict(settings.quantization_config).get("quant_method")
+        raise CheckpointError(
+            f"{source} is quantized already ({method}).", "start from the float model, or dequantize it first."
+        )
+    if saving:
+        with torch.device("meta"):
+            skeleton = model_class(settings)._from_config(settings)
+        plan = make_plan(skeleton, config)
+        FORMATS[plan.format].quantization_config(plan)  # raises FormatError before the hours of work
+    return _from_pretrained(source, device, dtype, trust_remote_code, revision=revision, quantization_config=config)
+
+
+def _from_pretrained(
+    source: str, device: str | torch.device | None, dtype: str | torch.dtype, trust_remote_code: bool, **kwargs: Any
+) -> PreTrainedModel:
+    settings = AutoConfig.from_pretrained(source, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code)
+    if device is not None:
+        kwargs["device_map"] = {"": str(device)}
+    if trust_remote_code:
+        kwargs["trust_remote_code"] = True
+    model: PreTrainedModel = model_class(settings).from_pretrained(source, dtype=dtype, **kwargs)
+    return model
+
+
+def _recorded_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The plan in the manifest that a re-loaded model came with."""
+    source = Path(getattr(model.config, "_name_or_path", "") or "")
+    return list(read_manifest(source).plan) if (source / MANIFEST_FILE).is_file() else []

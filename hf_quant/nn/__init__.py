@@ -1,0 +1,1 @@
+"""Modules that hold quantized weights: buffers and forward, no algorithm."""

@@ -1,0 +1,250 @@
+"""QuantLinear: a linear layer whose weight is a QuantizedTensor, run by a kernel of the registry."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_quant.errors import FormatError
+from hf_quant.grids import DOUBLE_QUANT_BLOCK, Scheme
+from hf_quant.kernels import registry
+from hf_quant.tensor import DoubleQuant, QuantizedTensor
+
+# Layouts change in place, so only one thread may do it; layers are prepared once, so one lock for all is enough.
+_PREPARE = threading.Lock()
+_NESTED = ("weight_scale_absmax", "weight_scale_offset", "weight_scale_table")
+
+
+class QuantLinear(nn.Module):
+    """``y = x @ dequantize(weight).T + bias`` with a packed weight.
+
+    Parameters (none of them trains), in the canonical packing of :mod:`hf_quant.tensor` until a kernel takes them:
+        weight: uint8 ``[out, in]`` (8 bits) or ``[out, ceil(in/2)]`` (4 bits).
+        weight_scale: ``[out, in/group]``; uint8 codes when the scales are double-quantized.
+        weight_zero_point: uint8 ``[out, in/group]`` (asymmetric grids only).
+        weight_scale_absmax, weight_scale_offset, weight_scale_table: float32, double-quantized scales only.
+        bias: ``[out]`` in the model's dtype, or None.
+
+    Args:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        scheme: grid, bits and group; the group divides ``in_features``.
+        bias: whether there is a bias.
+        dtype: of the bias (the model's dtype).
+        scale_dtype: of the stored scales on the int grids.
+        device: where the (empty) parameters are made.
+        kernel: ``auto`` or a kernel's name (see :mod:`hf_quant.kernels.registry`).
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        scale_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        kernel: str = registry.AUTO,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.kernel_request = registry.check_name(kernel)
+        self.transposed_source = False  # the float layer was a Conv1D, whose weight is [in, out]
+        self._selection: registry.Selection | None = None
+        self._spec: registry.LayerSpec | None = None
+        self._prepared: registry.Prepared | None = None
+
+        groups = scheme.groups(in_features)
+        width = in_features if scheme.bits == 8 else (in_features + 1) // 2
+        scales = out_features * groups
+
+        def empty(*shape: int, kind: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False)
+
+        self.weight = empty(out_features, width, kind=torch.uint8)
+        if scheme.double_quant:
+            self.weight_scale = empty(out_features, groups, kind=torch.uint8)
+            self.weight_scale_absmax = empty(-(-scales // DOUBLE_QUANT_BLOCK), kind=torch.float32)
+            self.weight_scale_offset = empty(kind=torch.float32)
+            self.weight_scale_table = empty(256, kind=torch.float32)
+        else:
+            stored = scale_dtype if scheme.grid == "int" else torch.float32
+            self.weight_scale = empty(out_features, groups, kind=stored)
+        if scheme.symmetric:
+            self.register_parameter("weight_zero_point", None)
+        else:
+            self.weight_zero_point = empty(out_features, groups, kind=torch.uint8)
+        if bias:
+            self.bias: nn.Parameter | None = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_quantized(
+        cls, tensor: QuantizedTensor, bias: torch.Tensor | None = None, kernel: str = registry.AUTO
+    ) -> QuantLinear:
+        """A layer around an existing tensor (not copied)."""
+        scale_dtype = tensor.scale.dtype if tensor.scale is not None else torch.float32
+        layer = cls(
+            tensor.shape[1],
+            tensor.shape[0],
+            tensor.scheme,
+            bias=bias is not None,
+            scale_dtype=scale_dtype,
+            device="meta",
+            kernel=kernel,
+        )
+        layer.assign(tensor)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        return layer
+
+    def named_tensors(self, tensor: QuantizedTensor) -> dict[str, nn.Parameter]:
+        """The parameters that hold ``tensor``, by name; raises FormatError when it belongs to another layer."""
+        if tensor.scheme != self.scheme or tensor.shape != (self.out_features, self.in_features):
+            raise FormatError(
+                f"{tensor.scheme.label} {list(tensor.shape)} does not fit a layer of "
+                f"{self.scheme.label} [{self.out_features}, {self.in_features}].",
+                "the checkpoint belongs to another model or config.",
+            )
+        found: dict[str, torch.Tensor | None] = {"weight": tensor.packed, "weight_zero_point": tensor.zero_point}
+        if tensor.nested is None:
+            found["weight_scale"] = tensor.scale
+        else:
+            found["weight_scale"] = tensor.nested.codes
+            found.update(zip(_NESTED, (tensor.nested.absmax, tensor.nested.offset, tensor.nested.table), strict=True))
+        return {k: nn.Parameter(v, requires_grad=False) for k, v in found.items() if v is not None}
+
+    def assign(self, tensor: QuantizedTensor) -> None:
+        """Make ``tensor`` the weight of this layer."""
+        self.forget()
+        for name, parameter in self.named_tensors(tensor).items():
+            setattr(self, name, parameter)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight in the canonical packing, bit for bit what was loaded or assigned."""
+        if self._prepared is not None and self._selection is not None and self._spec is not None:
+            packed = self._selection.kernel.restore(self._prepared, self._spec)
+        else:
+            packed = self.weight.data
+        nested, scale = None, None
+        if self.scheme.double_quant:
+            absmax, offset, table = (getattr(self, name).data for name in _NESTED)
+            nested = DoubleQuant(self.weight_scale.data, absmax, offset, table)
+        else:
+            scale = self.weight_scale.data
+        zero = None if self.weight_zero_point is None else self.weight_zero_point.data
+        return QuantizedTensor(packed, scale, zero, self.scheme, (self.out_features, self.in_features), nested)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight ``[out, in]``: computed in float32, rounded once to ``dtype``."""
+        return self.quantized().dequantize(dtype)
+
+    # --- kernels -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, dtype: torch.dtype) -> registry.Selection:
+        """Choose the kernel for activations of ``dtype`` and bring the weight into its layout (once).
+
+        Raises:
+            KernelError: a kernel was asked for by name that cannot run this layer.
+        """
+        with _PREPARE:
+            spec = registry.LayerSpec(self.scheme, self.out_features, self.in_features, self.weight.device.type, dtype)
+            if self._prepared is None or self._spec != spec or self._selection is None:
+                self._restore()
+                selection = registry.select(spec, self.kernel_request, allow_relayout=not self._is_offloaded())
+                prepared = selection.kernel.prepare(self.quantized(), spec)
+                self.weight.data = prepared.weight
+                self._selection, self._spec, self._prepared = selection, spec, prepared
+            return self._selection
+
+    def release(self) -> None:
+        """Bring the weight back into the canonical packing; the next forward pass prepares it again."""
+        with _PREPARE:
+            self._restore()
+
+    def forget(self) -> None:
+        """Drop what a kernel prepared, without restoring it: the parameters are about to be replaced."""
+        self._selection = self._spec = self._prepared = None
+
+    def _restore(self) -> None:
+        if self._prepared is not None and self._selection is not None and self._spec is not None:
+            self.weight.data = self._selection.kernel.restore(self._prepared, self._spec)
+        self.forget()
+
+    def _is_offloaded(self) -> bool:
+        # accelerate swaps the parameters of offloaded layers in and out around every call: a new layout would be lost
+        return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
+
+    @property
+    def kernel_name(self) -> str | None:
+        """The kernel that runs this layer, once it is chosen (at load, or at the first call)."""
+        return None if self._selection is None else self._selection.kernel.name
+
+    @property
+    def kernel_reason(self) -> str | None:
+        """Why that kernel, in one line."""
+        return None if self._selection is None else self._selection.reason
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., in]`` -> ``[..., out]`` in ``x.dtype``."""
+        prepared, spec, selection = self._prepared, self._spec, self._selection
+        if self._is_offloaded():
+            self.forget()
+            prepared = None
+        if prepared is None or spec is None or selection is None or spec.dtype != x.dtype:
+            selection = self.prepare(x.dtype)
+            prepared, spec = self._prepared, self._spec
+            assert prepared is not None and spec is not None
+        return selection.kernel.linear(x, prepared, spec, self.bias)
+
+    # --- copies, moves, state dicts: always in the canonical packing -------------------------------------------------
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        self.release()
+        packed = {id(p) for name, p in self._parameters.items() if p is not None and name != "bias"}
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            # .to(dtype) means the activations: the stored scales keep their dtype, and with it their values
+            if id(tensor) in packed and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._prepared is not None:
+            destination[f"{prefix}weight"] = self.quantized().packed
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._prepared is not None:
+            state["_parameters"] = dict(self._parameters)
+            state["_parameters"]["weight"] = nn.Parameter(self.quantized().packed, requires_grad=False)
+            state["_selection"] = state["_spec"] = state["_prepared"] = None
+        return state
+
+    def extra_repr(self) -> str:
+        kernel = self.kernel_name or self.kernel_request
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.label}, "
+            f"bias={self.bias is not None}, kernel={kernel}"
+        )

@@ -1,0 +1,78 @@
+"""Put QuantLinears into a model, read them out, and put plain float layers back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_quant.grids import Scheme
+from hf_quant.nn.linear import QuantLinear
+from hf_quant.tensor import QuantizedTensor
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """Every quantized layer of a model, with its name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
+
+
+def float_shape(module: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` of an ``nn.Linear`` or a ``Conv1D`` (which stores its weight transposed)."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    first, second = weight.shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def put_empty(model: nn.Module, schemes: Mapping[str, Scheme], scale_dtype: torch.dtype, kernel: str) -> None:
+    """Replace the named float layers by empty QuantLinears on the meta device, to be filled by a loader."""
+    for name, scheme in schemes.items():
+        module = model.get_submodule(name)
+        rows, columns = float_shape(module)
+        bias = module.bias
+        layer = QuantLinear(
+            columns,
+            rows,
+            scheme,
+            bias=bias is not None,
+            dtype=bias.dtype if isinstance(bias, torch.Tensor) else None,
+            scale_dtype=scale_dtype,
+            device="meta",
+            kernel=kernel,
+        )
+        layer.transposed_source = isinstance(module, Conv1D)
+        layer.train(module.training)
+        model.set_submodule(name, layer)
+
+
+def put_quantized(model: nn.Module, name: str, tensor: QuantizedTensor, kernel: str) -> QuantLinear:
+    """Replace one float layer by a QuantLinear that holds ``tensor``; the float weight is freed."""
+    module = model.get_submodule(name)
+    bias = module.bias
+    layer = QuantLinear.from_quantized(tensor, bias if isinstance(bias, torch.Tensor) else None, kernel)
+    layer.transposed_source = isinstance(module, Conv1D)
+    layer.train(module.training)
+    model.set_submodule(name, layer)
+    return layer
+
+
+def put_float(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every QuantLinear by the float layer that it stands for, its weight rounded once to ``dtype``."""
+    for name, layer in list(quantized_modules(model)):
+        weight = layer.dequantize(dtype)
+        plain: nn.Module
+        if layer.transposed_source:
+            plain = Conv1D(layer.out_features, layer.in_features)
+            plain.weight = nn.Parameter(weight.t().contiguous())
+            # a Conv1D always has a bias
+            zeros = torch.zeros(layer.out_features, dtype=dtype, device=weight.device)
+            plain.bias = nn.Parameter(zeros if layer.bias is None else layer.bias.detach().to(dtype))
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight)
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias.detach().to(dtype))
+        plain.train(layer.training)
+        model.set_submodule(name, plain)

@@ -1,0 +1,66 @@
+"""Where a checkpoint comes from: the record that travels in its config.json and manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from hf_quant.config import HfQuantConfig
+from hf_quant.plan import Plan
+from hf_quant.version import __version__
+
+KEY = "hf_quant"  # top-level key of config.json; stock loaders keep and ignore it
+
+
+def make_provenance(
+    plan: Plan, config: HfQuantConfig, base_model: str | None = None, base_revision: str | None = None
+) -> dict[str, Any]:
+    """The record, as JSON values.
+
+    Args:
+        plan: what was done.
+        config: what was asked for (loading attributes are left out: they are not part of the checkpoint).
+        base_model: Hub id or path of the float model; of a path only the last part is kept, because the rest says
+            something about somebody's machine and nothing about the model.
+        base_revision: commit of the base model, when it is known.
+    """
+    loading = config.get_loading_attributes()
+    return {
+        "version": __version__,
+        "format": plan.format,
+        "method": config.method,
+        "recipe": {k: v for k, v in config.to_dict().items() if k not in loading},
+        "base_model": public_name(base_model) if base_model else None,
+        "base_revision": base_revision,
+        "data": None,
+        "scale_dtype": plan.scale_dtype,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def public_name(model: str) -> str:
+    """A Hub id as it is; the last part of a local path."""
+    if Path(model).is_absolute() or model.startswith(".") or Path(model).exists():
+        return Path(model).resolve().name
+    return model
+
+
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The plan as JSON rows, for the manifest and the card."""
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "label": layer.scheme.label if layer.scheme else None,
+            "method": layer.method,
+            "rule": layer.rule,
+            "note": layer.note,
+            "float_bytes": layer.float_bytes,
+            "planned_bytes": layer.planned_bytes,
+        }
+        for layer in plan.layers
+    ]

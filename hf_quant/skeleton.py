@@ -1,0 +1,68 @@
+"""A model directory without its weights: its class, its skeleton on the meta device, and the plan made from them."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from hf_quant.checkpoint.headers import read_headers
+from hf_quant.config import HfQuantConfig
+from hf_quant.errors import CheckpointError, PlanError
+from hf_quant.plan import Plan, make_plan
+
+HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def plan_directory(path: str | Path, config: HfQuantConfig, trust_remote_code: bool = False) -> Plan:
+    """Plan a checkpoint directory from its config.json and safetensors headers; no tensor is read.
+
+    Raises:
+        CheckpointError: the directory is incomplete, damaged, quantized already, or holds weights of a dtype that
+            cannot be quantized.
+        PlanError: as :func:`make_plan`; or an architecture that the installed transformers does not have.
+    """
+    headers = read_headers(path)
+    settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if getattr(settings, "quantization_config", None):
+        raise CheckpointError(f"{path} is quantized already.", "plan the float model it was made from.")
+    stored: Counter[str] = Counter()
+    for info in headers.values():
+        if len(info.shape) >= 2:
+            stored[info.dtype] += info.nbytes
+    odd = [name for name in stored if name not in HEADER_DTYPES]
+    if odd or not stored:
+        raise CheckpointError(
+            f"{path} holds weights of dtype {odd[0] if odd else 'none at all'}.",
+            f"quantize a float checkpoint ({', '.join(HEADER_DTYPES)}).",
+        )
+    dtype = HEADER_DTYPES[stored.most_common(1)[0][0]]
+    with torch.device("meta"):
+        skeleton = model_class(settings)._from_config(settings, dtype=dtype)
+    return make_plan(skeleton, config)
+
+
+def model_class(settings: Any) -> Any:
+    """The transformers class that a config names in ``architectures``, or the fitting Auto class for remote code.
+
+    Raises:
+        PlanError: no architecture, or one that this transformers does not have.
+    """
+    names = getattr(settings, "architectures", None) or []
+    for name in names:
+        found = getattr(transformers, name, None)
+        if inspect.isclass(found):
+            return found
+    auto_map = getattr(settings, "auto_map", None) or {}
+    for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
+        if auto in auto_map:
+            return getattr(transformers, auto)
+    raise PlanError(
+        f"transformers {transformers.__version__} has no architecture {names or 'named in config.json'}.",
+        "upgrade transformers, or load the model yourself and call hf_quant.quantize(model, ...).",
+    )
