@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from hf_quant.errors import KernelError
 from hf_quant.grids import Scheme
-from hf_quant.kernels.autograd import with_input_gradient
+from hf_quant.kernels.autograd import linear_by_rows
 from hf_quant.kernels.registry import Kernel, LayerSpec, Prepared
 from hf_quant.tensor import DoubleQuant, QuantizedTensor
 
@@ -32,8 +32,8 @@ _OPS = ("gemm_4bit", "gemv_4bit", "dequantize_4bit", "dequantize_blockwise")
 _MIN_BLOCK = 32
 # Above 1024 bitsandbytes' CPU backend leaves its native code for a function that torch.compile builds at first use.
 _MAX_BLOCK = {"cpu": 1024, "cuda": 4096}
-_ONE_BLOCK = 1 << 30  # larger than any tensor that passes the 32-bit guard: the whole tensor shares one scale
-_INT32_ELEMENTS = 1 << 31
+_LARGEST_BLOCK = 1 << 30  # a 32-bit integer's largest power of two: two scales cover whatever passes the next guard
+_MAX_ELEMENTS = (1 << 31) - 4096  # the last thread block computes indices past the end
 # int4: a row costs one pass over 0.5 bytes per weight, dequantization writes and reads 9 bytes for any number of rows.
 # Counted in bytes alone that would be 14 rows; the one-row op does not reach the full bandwidth.
 _GEMV_ROWS = 4
@@ -72,8 +72,8 @@ class BitsAndBytesKernel(Kernel):
             return _disagreement("cpu", False, spec.dtype)
         if not torch.cuda.is_available():
             return "there is no CUDA device"
-        if spec.out_features * spec.in_features >= _INT32_ELEMENTS:
-            return "it counts elements in 32-bit integers and this weight has 2^31 or more"
+        if spec.out_features * spec.in_features > _MAX_ELEMENTS:
+            return "it counts elements in 32-bit integers and this weight has too many"
         if scheme.grid == "int" and torch.version.hip is not None:
             return "its custom tables are used on CUDA only, not on ROCm"
         return _disagreement("cuda", scheme.grid == "int", spec.dtype)
@@ -88,16 +88,17 @@ class BitsAndBytesKernel(Kernel):
 
     def prepare(self, tensor: QuantizedTensor, spec: LayerSpec) -> Prepared:
         extras: dict[str, torch.Tensor] = {}
+        # The ops read raw memory: whatever they are given must be contiguous (it is, but for views of other tensors).
         if tensor.nested is not None:
-            extras["nested_codes"] = tensor.nested.codes.reshape(-1)
-            extras["nested_absmax"] = tensor.nested.absmax
-            extras["nested_table"] = tensor.nested.table
+            extras["nested_codes"] = tensor.nested.codes.reshape(-1).contiguous()
+            extras["nested_absmax"] = tensor.nested.absmax.contiguous()
+            extras["nested_table"] = tensor.nested.table.contiguous()
             extras["nested_offset"] = tensor.nested.offset
         if tensor.scale is not None:
-            extras["scale"] = tensor.scale
+            extras["scale"] = tensor.scale.contiguous()
         repeats = spec.group // _block(spec)
         if repeats > 1 or (tensor.scale is not None and tensor.scale.dtype != torch.float32):
-            absmax = tensor.scales().to(torch.float32)
+            absmax = tensor.scales().to(torch.float32).contiguous()
             extras["absmax"] = absmax.repeat_interleave(repeats, dim=1) if repeats > 1 else absmax
         if spec.scheme.grid == "int":
             extras.update(_tables(spec.scheme.bits, tensor.device))
@@ -105,8 +106,8 @@ class BitsAndBytesKernel(Kernel):
             extras["zero_point"] = tensor.zero_point
             zero = tensor.zero_point.to(torch.float32) - spec.scheme.implied_zero_point
             extras["offset"] = zero * tensor.scales().to(torch.float32)
-        weight = tensor.packed if spec.scheme.bits == 8 else _swap_nibbles(tensor.packed)
-        return Prepared(weight, extras)
+        packed = tensor.packed.contiguous()
+        return Prepared(packed if spec.scheme.bits == 8 else _swap_nibbles(packed), extras)
 
     def restore(self, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
         return prepared.weight if spec.scheme.bits == 8 else _swap_nibbles(prepared.weight)
@@ -123,8 +124,8 @@ class BitsAndBytesKernel(Kernel):
         if "offset" not in prepared.extras:
             return _merge(_planes(prepared, spec, _absmax(prepared), _block(spec), dtype), shape)
         # Whole numbers below 256 are exact in every dtype: subtract first, then round the product with the scale once.
-        one = prepared.weight.new_ones(1, dtype=torch.float32)
-        codes = _merge(_planes(prepared, spec, one, _ONE_BLOCK, dtype), shape)
+        ones = prepared.weight.new_ones(2, dtype=torch.float32)
+        codes = _merge(_planes(prepared, spec, ones, _LARGEST_BLOCK, dtype), shape)
         grouped = codes.view(shape[0], -1, spec.group)
         zero = prepared.extras["zero_point"].to(dtype) - spec.scheme.implied_zero_point
         scale = prepared.extras["scale"].to(torch.float32)
@@ -138,22 +139,19 @@ class BitsAndBytesKernel(Kernel):
                 f"kernel bitsandbytes got {x.dtype} activations.",
                 "it takes float16, bfloat16 and float32; kernel=reference takes any dtype.",
             )
-        trains = torch.is_grad_enabled() and x.requires_grad
-        trains_bias = torch.is_grad_enabled() and bias is not None and bias.requires_grad
-        fused_bias = None if bias is None or trains_bias else bias.to(x.dtype)
-        rows = _aligned(x.detach() if trains else x, spec.in_features)
+        return linear_by_rows(self, self._product, x, prepared, spec, bias)
+
+    def _product(
+        self, rows: torch.Tensor, prepared: Prepared, spec: LayerSpec, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         if not rows.shape[0]:
-            y = rows.new_zeros(0, spec.out_features)
-        elif spec.scheme.grid != "int":
-            y = _table_product(rows, prepared, spec, fused_bias)
-        elif _has_gemv(spec) and rows.shape[0] <= _GEMV_ROWS:
-            y = _gemv(rows, prepared, spec, fused_bias)
-        else:
-            y = functional.linear(rows, self.dequantize(prepared, spec, rows.dtype), fused_bias)
-        y = y.view(*x.shape[:-1], spec.out_features)
-        if trains:
-            y = with_input_gradient(x, y, self, prepared, spec)
-        return y + bias.to(x.dtype) if trains_bias and bias is not None else y
+            return rows.new_zeros(0, spec.out_features)
+        rows = _aligned(rows)
+        if spec.scheme.grid != "int":
+            return _table_product(rows, prepared, spec, bias)
+        if _has_gemv(spec) and rows.shape[0] <= _GEMV_ROWS:
+            return _gemv(rows, prepared, spec, bias)
+        return functional.linear(rows, self.dequantize(prepared, spec, rows.dtype), bias)
 
 
 @cache
@@ -207,12 +205,11 @@ def _swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return (packed << 4) | (packed >> 4)
 
 
-def _aligned(x: torch.Tensor, in_features: int) -> torch.Tensor:
-    """``x`` as contiguous rows ``[M, in]`` whose memory starts at a multiple of 16 bytes.
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Contiguous ``rows`` with their memory starting at a multiple of 16 bytes.
 
     Only one row cut out of a wider one can start elsewhere. torch.compile cannot ask, and its own buffers are aligned.
     """
-    rows = x.reshape(-1, in_features).contiguous()
     if not torch.compiler.is_compiling() and (rows.storage_offset() * rows.element_size()) % 16:
         return rows.clone()
     return rows

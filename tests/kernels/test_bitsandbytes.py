@@ -199,6 +199,26 @@ def test_cuda_layers_need_a_gpu(kernel: registry.Kernel) -> None:
     assert refusal(kernel, Scheme("nf4", group_size=64), 576, device="cuda") == "there is no CUDA device"
 
 
+def test_views_are_copied_before_the_ops_read_their_memory(kernel: registry.Kernel) -> None:
+    """Columns of a larger tensor, as a row-parallel shard is: the ops know pointers, not strides."""
+    for scheme in (Scheme("nf4", group_size=64), Scheme(group_size=64), Scheme(bits=8, group_size=64)):
+        whole = make(scheme, 32, 256)
+        assert whole.scale is not None
+        packed, scale = whole.packed[:, : whole.packed.shape[1] // 2], whole.scale[:, :2]
+        tensor = QuantizedTensor(packed, scale, None, scheme, (32, 128))
+        prepared = kernel.prepare(tensor, spec_of(tensor))
+        assert torch.equal(kernel.dequantize(prepared, spec_of(tensor), torch.float32), tensor.dequantize())
+        transposed = QuantizedTensor(packed.t().contiguous().t(), scale, None, scheme, (32, 128))
+        prepared = kernel.prepare(transposed, spec_of(tensor))
+        assert torch.equal(kernel.dequantize(prepared, spec_of(tensor), torch.float32), tensor.dequantize())
+
+
+def test_a_row_of_the_wrong_width_raises(kernel: registry.Kernel) -> None:
+    tensor = make(Scheme("nf4", group_size=64), 8, 128)
+    with pytest.raises(KernelError, match="64 columns"):
+        kernel.linear(torch.randn(2, 64), kernel.prepare(tensor, spec_of(tensor)), spec_of(tensor))
+
+
 def test_other_activation_dtypes_raise(kernel: registry.Kernel) -> None:
     tensor = make(Scheme("nf4", group_size=64), 8, 128)
     prepared = kernel.prepare(tensor, spec_of(tensor))
