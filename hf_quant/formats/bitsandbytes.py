@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_quant.errors import FormatError
+from hf_quant.errors import ConfigError, FormatError
 from hf_quant.formats import fields
 from hf_quant.formats.matching import compact, is_skipped, matches, skip_keys
 from hf_quant.grids import DOUBLE_QUANT_BLOCK, GridName, Scheme, levels
@@ -207,7 +207,7 @@ def _read_state(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[dict[st
     for key, fits in (
         ("quant_type", state["quant_type"] == grid),
         ("blocksize", type(block) is int),
-        ("dtype", state["dtype"] in _DTYPES),
+        ("dtype", isinstance(state["dtype"], str) and state["dtype"] in _DTYPES),
         ("shape", is_shape),
     ):
         if not fits:
@@ -217,7 +217,8 @@ def _read_state(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[dict[st
         raise FormatError(f"{where}: {reason}.", "quantize the model again with a block that divides its rows.")
     if nested:
         offset = state["nested_offset"]
-        fits = isinstance(offset, (int, float)) and math.isfinite(offset) and state["nested_dtype"] == "float32"
+        fits = isinstance(offset, float) and abs(offset) <= torch.finfo(torch.float32).max
+        fits = fits and state["nested_dtype"] == "float32"
         if not fits or state["nested_blocksize"] != DOUBLE_QUANT_BLOCK:
             raise FormatError(f"{where} nests its scales as {[state[key] for key in _NESTED_KEYS]}.", _OTHER)
     return state, Scheme(grid, 4, True, block, nested)
@@ -349,15 +350,17 @@ def read_config(config: Mapping[str, Any], *, default_skips: Sequence[str] = ("l
 
 
 def _read_marker(marker: object) -> list[tuple[list[str], Scheme]]:
+    damaged = FormatError("the hf_quant marker of the config is damaged.", _DAMAGED)
     if marker is None:
         return []
+    if not isinstance(marker, Mapping) or "version" not in marker:
+        raise damaged
+    if marker["version"] != VERSION:
+        raise FormatError(f"the config's hf_quant marker has version {marker['version']!r}.", "upgrade hf-quant.")
     try:
-        assert isinstance(marker, Mapping)
-        if marker["version"] != VERSION:
-            raise FormatError(f"hf_quant marker has version {marker['version']!r}.", "upgrade hf-quant.")
         return [
             (list(entry["targets"]), Scheme(entry["grid"], 4, True, entry["group_size"], entry["double_quant"]))
             for entry in marker["schemes"]
         ]
-    except (AssertionError, KeyError, TypeError) as error:
-        raise FormatError("the hf_quant marker of the config is damaged.", _DAMAGED) from error
+    except (KeyError, TypeError, ConfigError) as error:
+        raise damaged from error

@@ -11,7 +11,8 @@ What stock transformers (5.23, with compressed-tensors 0.20) loads; :func:`stock
 checkpoint                                ``from_pretrained(dir)``       ``CompressedTensorsConfig(dequantize=True)``
 ========================================  =============================  =====================================
 symmetric, one scheme                     yes                            yes
-symmetric, several bits or group sizes    yes, per module                no: it decodes all with the first group
+symmetric, several group sizes            yes, per module                no: it decodes all with the first group
+symmetric, several bits                   yes, per module                **wrong weights, no error** (same reason)
 asymmetric, one scheme                    no: packed zero points do not  yes
                                           fit the parameter it makes
 asymmetric among several schemes          no                             no
@@ -137,20 +138,21 @@ def _to_words(packed: torch.Tensor) -> torch.Tensor:
     """Canonical bytes ``[n, width]`` -> int32 ``[n, ceil(width/4)]``: both are the same little-endian bit stream."""
     if packed.shape[1] % 4:
         packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4))
-    packed = packed.contiguous()
-    if packed.storage_offset() % 4:
-        packed = packed.clone()
-    return packed.view(torch.int32)
+    flat = packed.reshape(-1)  # flat, as a [1, n] that was a [n, 1] has strides that view() refuses
+    if flat.storage_offset() % 4:
+        flat = flat.clone()
+    return flat.view(torch.int32).view(packed.shape[0], -1)
 
 
 def _from_words(words: torch.Tensor, elements: int, bits: int) -> torch.Tensor:
     """int32 ``[n, words]`` -> canonical bytes of ``elements`` codes a row."""
-    packed = words.contiguous().view(torch.uint8)
+    packed = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
     width = -(-elements * bits // 8)
-    if packed.shape[1] != width:
+    half_byte = bits == 4 and elements % 2 == 1
+    if packed.shape[1] != width or half_byte:
         packed = packed[:, :width].clone()
-        if bits == 4 and elements % 2:
-            packed[:, -1] &= 15  # padding that another writer may have left
+    if half_byte:
+        packed[:, -1] &= 15  # padding that another writer may have left
     return packed
 
 
@@ -213,17 +215,20 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def stock_loading(plan: Plan) -> str:
     """One sentence for the model card: what stock transformers needs to load this plan's checkpoint."""
     schemes = {layer.scheme for layer in plan.quantized if layer.scheme is not None}
-    if all(scheme.symmetric for scheme in schemes):
-        return "Stock transformers loads it with `pip install compressed-tensors`; no other argument is needed."
-    if len(schemes) == 1:
+    install = "Stock transformers loads it with `pip install compressed-tensors`"
+    if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
         return (
-            "Stock transformers loads it with `pip install compressed-tensors` and "
-            "`from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))`."
+            "Stock transformers cannot load a mix of schemes with zero points: "
+            "`import hf_quant` before `from_pretrained(...)`."
         )
-    return (
-        "Stock transformers cannot load a mix of schemes with zero points: "
-        "`import hf_quant` before `from_pretrained(...)`."
-    )
+    if len(schemes) > 1:
+        return (
+            f"{install} and no other argument; do not pass `dequantize=True`, "
+            "which would decode every layer as if it had the first scheme."
+        )
+    if all(scheme.symmetric for scheme in schemes):
+        return f"{install} and no other argument."
+    return f"{install} and `from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))`."
 
 
 class Resolver:
@@ -275,7 +280,7 @@ def read_config(config: Mapping[str, Any]) -> Resolver:
         raise FormatError(
             f"quant_method is {config.get('quant_method')!r}, not {NAME}.", "use the reader of that format."
         )
-    if str(config.get("quantization_status")) != "compressed":
+    if config.get("quantization_status") != "compressed":
         raise FormatError(
             f"quantization_status is {config.get('quantization_status')!r}: the weights are not packed.", _OTHER
         )

@@ -56,10 +56,17 @@ def skip_keys(floats: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """``llm_int8_skip_modules`` that skips every name in ``floats`` and none in ``quantized``.
 
     A key is read as a regular expression at the start of a name *and* as a suffix, so ``fc1`` would skip every ``fc1``;
-    names that do so are written as anchored expressions.
+    names that do so (or that are no plain expression) are written as anchored expressions.
     """
     others = list(quantized)
-    return [f"^{re.escape(key)}$" if any(is_skipped(name, [key]) for name in others) else key for key in floats]
+
+    def key_of(name: str) -> str:
+        is_plain = re.fullmatch(r"[\w.-]+", name) is not None
+        if is_plain and not any(is_skipped(other, [name]) for other in others):
+            return name
+        return f"^{re.escape(name)}$"
+
+    return [key_of(name) for name in floats]
 
 
 def is_skipped(name: str, keys: Sequence[str]) -> bool:
