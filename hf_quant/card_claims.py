@@ -10,7 +10,7 @@ from hf_quant.evaluation.results import EvaluationResult, TextResult
 
 _MOST_TEXTS = 3
 _METHODS = {
-    "search": "searches, without data, the scale (and zero point) of each group that loses least",
+    "search": "looks, without data, for the scale (and zero point) of each group that loses least",
     "absmax": "takes each scale from the largest weight of its group (round to nearest)",
 }
 

@@ -101,9 +101,10 @@ class Facts:
 
     @property
     def kernels(self) -> list[str]:
-        """Kernels that ran during the evaluation."""
+        """Kernels that ran the quantized layers during the evaluation."""
         found = self.results.speed if self.results is not None else ()
-        return list(dict.fromkeys(name for entry in found if entry.model == "quantized" for name in entry.kernels))
+        names = dict.fromkeys(name for entry in found if entry.model == "quantized" for name in entry.kernels)
+        return [name for name in names if name != "float"]
 
 
 def is_path(name: object) -> bool:

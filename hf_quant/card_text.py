@@ -89,13 +89,18 @@ def _decimals(interval: Interval) -> int:
 def with_interval(interval: Interval, unit: str = "", sign: bool = False, factor: float = 1.0) -> str:
     """``value [low, high] unit``, rounded to what the interval can tell."""
     scaled = Interval(value=interval.value * factor, low=interval.low * factor, high=interval.high * factor)
-    spec = f"{'+' if sign else ''},.{_decimals(scaled)}f"
+    spec = _spec(scaled, sign)
     return f"{scaled.value:{spec}}{unit} [{scaled.low:{spec}}, {scaled.high:{spec}}]"
+
+
+def _spec(interval: Interval, sign: bool) -> str:
+    decimals = _decimals(interval)
+    return f"{'+' if sign else ''}{f',.{decimals}f' if decimals < 7 else '.1e'}"
 
 
 def value_only(interval: Interval, sign: bool = False) -> str:
     """The value alone, with the digits that its interval allows."""
-    return f"{interval.value:{'+' if sign else ''},.{_decimals(interval)}f}"
+    return f"{interval.value:{_spec(interval, sign)}}"
 
 
 def listing(parts: Sequence[str]) -> str:

@@ -101,8 +101,8 @@ def _divergence(texts: Sequence[TextResult]) -> Plot:
     axes.set_xlabel("KL(float ‖ quantized), nats per token; bars are 95 % intervals", fontsize=9)
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
     _legend(axes, 2)
-    said = [f"{significant(text.kl.value)} on {one_line(text.name)}" for text in texts]
-    return _finish(figure, "kl", f"KL divergence from the float model: {listing(said)} nats per token")
+    said = listing([f"{significant(text.kl.value)} on {one_line(text.name)}" for text in texts])
+    return _finish(figure, "kl", f"KL divergence from the float model in nats per token: {said}")
 
 
 def _bytes_by_kind(rows: Sequence[LayerRow]) -> Plot:
