@@ -45,13 +45,7 @@ class ReferenceKernel(Kernel):
         return prepared.weight
 
     def dequantize(self, prepared: Prepared, spec: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
-        extras = prepared.extras
-        if extras["scale"].device.type != "cpu" or torch.compiler.is_compiling():
-            return _dequantize(prepared, spec, slice(None), dtype)
-        weight = extras["scale"].new_empty((spec.out_features, spec.in_features), dtype=dtype)
-        for rows in row_chunks(spec, dtype):
-            weight[rows] = _dequantize(prepared, spec, rows, dtype)
-        return weight
+        return dequantized_weight(prepared, spec, dtype)
 
     def linear(
         self, x: torch.Tensor, prepared: Prepared, spec: LayerSpec, bias: torch.Tensor | None = None
@@ -67,6 +61,17 @@ def canonical_extras(tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
     if tensor.scheme.grid != "int":
         extras["pairs"] = _pairs(tensor.scheme.grid, tensor.device)
     return extras
+
+
+def dequantized_weight(prepared: Prepared, spec: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[out, in]`` of canonical codes with :func:`canonical_extras`."""
+    scale = prepared.extras["scale"]
+    if scale.device.type != "cpu" or torch.compiler.is_compiling():
+        return _dequantize(prepared, spec, slice(None), dtype)
+    weight = scale.new_empty((spec.out_features, spec.in_features), dtype=dtype)
+    for rows in row_chunks(spec, dtype):
+        weight[rows] = _dequantize(prepared, spec, rows, dtype)
+    return weight
 
 
 def dequantized_product(

@@ -1,0 +1,64 @@
+"""The memory layout of torch's int4 product on CPU: bytes in, bytes out, exactly invertible.
+
+The rows of the weight are cut into blocks (64 rows with AVX-512, 32 with AVX2). A block of ``block`` rows is stored
+column by column, ``block / 2`` bytes each: byte ``i`` holds row ``i`` in its low nibble and row ``i + block / 2`` in
+its high nibble. Nothing documents this, so :func:`block_rows` compares it with what torch does on this machine.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BLOCKS = (64, 32)
+OP_GROUPS = (256, 128, 64, 32)
+
+
+def available() -> bool:
+    """Whether this torch has the ops (2.6 and later)."""
+    return hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+
+
+def block_rows() -> int | None:
+    """The rows of a block on this machine; None when torch lays the codes out in another way."""
+    with torch.inference_mode(False):
+        codes = (torch.arange(128 * 32, dtype=torch.int32, device="cpu").view(128, 32) * 37 % 251 % 16).to(torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+        return next((block for block in BLOCKS if torch.equal(pack(codes, block), packed)), None)
+
+
+def op_group(group: int) -> int | None:
+    """The widest group of the op that divides ``group``, whose scales then repeat; None when there is none."""
+    return next((size for size in OP_GROUPS if group % size == 0), None)
+
+
+def pack(codes: torch.Tensor, block: int) -> torch.Tensor:
+    """4-bit uint8 codes ``[out, in]`` -> bytes ``[out, in/2]``; ``out`` is a multiple of ``block``."""
+    out, columns = codes.shape
+    halves = codes.view(-1, 2, block // 2, columns)
+    packed = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2)
+    return packed.reshape(out, columns // 2)
+
+
+def unpack(packed: torch.Tensor, block: int) -> torch.Tensor:
+    """The inverse of :func:`pack`: bytes ``[out, in/2]`` -> uint8 codes ``[out, in]``."""
+    out, columns = packed.shape[0], packed.shape[1] * 2
+    blocks = packed.view(-1, columns, block // 2).transpose(1, 2)
+    return torch.cat((blocks & 15, blocks >> 4), dim=1).reshape(out, columns)
+
+
+def columns_first(packed: torch.Tensor, low: torch.Tensor | None, block: int) -> torch.Tensor:
+    """Codes of whole blocks as uint8 ``[in, out]``, the order in which the bytes lie.
+
+    Args:
+        packed: bytes ``[out, in/2]`` of 4-bit codes, or of the high nibbles of 8-bit codes.
+        low: bytes of the low nibbles of 8-bit codes, laid out alike; None at 4 bits.
+        block: rows of a block.
+    """
+    columns = packed.shape[1] * 2
+    first = packed.view(-1, columns, block // 2).transpose(0, 1)
+    if low is None:
+        codes = torch.cat((first & 15, first >> 4), dim=-1)
+    else:
+        second = low.view(-1, columns, block // 2).transpose(0, 1)
+        codes = torch.cat(((first << 4) | (second & 15), (first & 240) | (second >> 4)), dim=-1)
+    return codes.view(columns, -1)
