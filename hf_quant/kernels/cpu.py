@@ -238,7 +238,7 @@ def _int4_extras(tensor: QuantizedTensor, spec: LayerSpec) -> dict[str, torch.Te
 
 
 def _plane_scales(tensor: QuantizedTensor, spec: LayerSpec) -> torch.Tensor:
-    """code - zero = 16 * (high - 8) + (low - 8) + (136 - zero); both planes take a part of the zeros, nothing is lost."""
+    """code - zero = 16 * (high - 8) + (low - 8) + (136 - zero); the zeros are split over both planes."""
     scale = tensor.scales().to(torch.bfloat16).to(torch.float32)
     zero = _zeros(tensor, 136, scale)
     high = zero.to(torch.bfloat16).to(torch.float32)
