@@ -75,7 +75,8 @@ class TextResult(_Strict):
 class SizeResult(_Strict):
     """Bytes: files of weights on disk; tensors in memory when loaded in ``memory_dtype``; bits per quantized weight.
 
-    Bits per weight count codes, scales and zero points as stored, over the quantized weights only.
+    ``memory_dtype`` is ``float / quantized`` where they differ (bitsandbytes keeps the dtype it was saved in). Bits per
+    weight count codes, scales and zero points as stored, over the quantized weights only.
     """
 
     float_disk_bytes: int

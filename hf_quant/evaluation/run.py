@@ -202,7 +202,7 @@ def _accuracy(job: _Job, noise_floor: bool) -> tuple[list[Divergence], list[Dive
     if not noise_floor:
         return measured, [None] * len(measured)
     fresh = Origin(job.reference.label, job.reference.directory, None, job.reference.trust_remote_code)
-    floors = _against(job, references, fresh, f"float model in {_name(job.floor_dtype)}", job.floor_dtype)
+    floors = _against(job, references, fresh, f"noise floor ({_name(job.floor_dtype)})", job.floor_dtype)
     return measured, list(floors)
 
 
@@ -216,7 +216,7 @@ def _against(
                 f"kernel={job.kernel} was asked for, but {origin.label} has no layer of hf-quant.",
                 "drop the kernel, or evaluate a checkpoint made by hf-quant.",
             )
-        stream = LogitStream(model, "the candidate" if origin is job.candidate else f"the {title}")
+        stream = LogitStream(model, "the candidate" if origin is job.candidate else f"the reference in {_name(dtype)}")
     found = []
     for cut, reference in zip(job.cuts, references, strict=True):
         with job.stages.stage(f"{title} on {cut.text.name}", len(cut.ids)) as advance:
@@ -231,9 +231,11 @@ def _footprint(job: _Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[
     gc.collect()
     subjects = []
     memory = []
+    dtypes = []
     for role, origin in (("float", job.reference), ("quantized", job.candidate)):
         with job.stages.stage(f"load {role} model in {_name(job.narrow)}"):
             model, seconds = timed_load(origin, job.narrow, job.device)
+        dtypes.append(_name(model.dtype))  # some formats do not follow the dtype that is asked for
         if repeats:
             subjects.append(Subject("float" if role == "float" else "quantized", model, seconds))
         else:
@@ -250,7 +252,7 @@ def _footprint(job: _Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[
             quantized_disk_bytes=disk_bytes(job.candidate.directory),
             float_memory_bytes=memory[0],
             quantized_memory_bytes=memory[1],
-            memory_dtype=_name(job.narrow),
+            memory_dtype=" / ".join(dict.fromkeys(dtypes)),
             bits_per_weight=bits,
         ),
         speeds,
