@@ -41,6 +41,7 @@ DEFAULT_BLOCK = 64  # what transformers quantizes with, and the config does not 
 VERSION = 1  # of our marker in the config
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CPU_ROWS = 32
 _NESTED_KEYS = ("nested_blocksize", "nested_dtype", "nested_offset")
 _DAMAGED = "the file is damaged; download or quantize it again."
 _OTHER = "load it with stock transformers and bitsandbytes."
@@ -260,6 +261,7 @@ def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None) -> dict
         raise FormatError("the plan quantizes nothing.", "loosen skip and overrides.")
     universe = {layer.name for layer in plan.layers}
     ordered = sorted(members, key=lambda scheme: -len(members[scheme]))
+    targets = {scheme: ["re:.*"] if len(ordered) == 1 else compact(members[scheme], universe) for scheme in ordered}
     float_linears = [layer.name for layer in plan.kept if layer.kind in ("Linear", "Conv1D")]
     return {
         "quant_method": NAME,
@@ -277,7 +279,7 @@ def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None) -> dict
         "bnb_4bit_quant_storage": "uint8",
         "hf_quant": {
             "version": VERSION,
-            "schemes": [_scheme_entry(scheme, compact(members[scheme], universe)) for scheme in ordered],
+            "schemes": [_scheme_entry(scheme, targets[scheme]) for scheme in ordered],
         },
     }
 
@@ -293,7 +295,14 @@ def _scheme_entry(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 def stock_loading(plan: Plan) -> str:
     """One sentence for the model card: what stock transformers needs to load this plan's checkpoint."""
-    return "Stock transformers loads it with `pip install bitsandbytes accelerate`; no other argument is needed."
+    sentence = "Stock transformers loads it with `pip install bitsandbytes accelerate` and no other argument."
+    ragged = [layer.name for layer in plan.quantized if layer.shape[0] % _CPU_ROWS]
+    if not ragged:
+        return sentence
+    return (
+        f"{sentence[:-1]}; on x86 CPUs with AVX512-BF16 bitsandbytes itself refuses to run it, as the rows of "
+        f"{ragged[0]} are not a multiple of {_CPU_ROWS}: `import hf_quant` there."
+    )
 
 
 class Resolver:

@@ -152,4 +152,15 @@ def test_broken_skip_pattern_is_named() -> None:
 
 
 def test_card_sentence(plan_of) -> None:
-    assert "pip install bitsandbytes accelerate" in bnb.stock_loading(plan_of({"a": ("Linear", (64, 64), NF4)}))
+    assert bnb.stock_loading(plan_of({"a": ("Linear", (64, 64), NF4)})).endswith("and no other argument.")
+
+
+def test_card_warns_of_rows_that_the_library_refuses(plan_of) -> None:
+    from bitsandbytes.functional import has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    assert "rows of a.fc are not a multiple of 32" in bnb.stock_loading(plan_of({"a.fc": ("Linear", (33, 64), NF4)}))
+    layer = Linear4bit(64, 33, bias=False, quant_type="nf4").to("cpu").eval()
+    if has_avx512bf16():
+        with torch.no_grad(), pytest.raises(AssertionError, match="N must be divisible"):
+            layer(torch.randn(2, 64))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import bitsandbytes.functional as functional
 import pytest
 import torch
 
 from hf_quant.errors import FormatError
 from hf_quant.quantize.double_quant import dynamic_table, nest
-
-functional = pytest.importorskip("bitsandbytes.functional")
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
