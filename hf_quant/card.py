@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from hf_quant import plots
 from hf_quant.card_claims import claim, limits, methods, scheme_summary, text_rows, vllm_reads
-from hf_quant.card_facts import CheckpointFacts, Facts, is_local, shown_base
+from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, is_local, shown_base
 from hf_quant.card_metadata import (
     LIBRARY,
     TAG,
@@ -117,6 +117,7 @@ def render(
             provenance=provenance,
             base_name=shown_base(provenance),
             base_id=base_id,
+            copy_name=copy_name(provenance),
             base=base,
             license=passed_on.get("license"),
             license_name=passed_on.get("license_name"),
@@ -177,6 +178,8 @@ def write_card(
         if hub_id(base_model) is None:
             raise CardError(f"base_model={base_model!r} is not a Hub id.", "give it as org/name.")
         provenance |= {"base_model": base_model, "base_model_is_local": False}
+        if recorded and recorded != base_model:
+            provenance["base_model_copy"] = recorded
     elif recorded and Path(str(recorded)).expanduser().is_dir():
         provenance["base_model_is_local"] = True
     if base_card is None:

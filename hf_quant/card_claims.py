@@ -58,13 +58,9 @@ def claim(facts: Facts) -> str:
     if texts:
         changes = [f"{value_only(t.perplexity_increase_percent, sign=True)} % on {markdown(t.name)}" for t in texts]
         losses = listing([value_only(text.kl) for text in texts])
-        parts.append(f"perplexity {listing(changes)} (KL {losses})")
-    before, after = facts.speed("float"), facts.speed("quantized")
-    if before is not None and after is not None and before.decode_tokens_per_second > 0:
-        ratio = after.decode_tokens_per_second / before.decode_tokens_per_second
-        parts.append(
-            f"decoding at {significant(ratio, 2)}× the speed of {before.dtype} on {markdown(results.environment.cpu)}"
-        )
+        parts.append(f"perplexity {listing(changes)} (KL {losses} nats)")
+    if speed := _speed_claim(facts):
+        parts.append(f"{speed} on {markdown(results.environment.cpu)}")
     return f"{head}: {', '.join(parts)}"
 
 
@@ -73,6 +69,18 @@ def _size_claim(before: int, after: int, dtype: str | None) -> str:
     if after <= 0 or before <= after:
         return f"{amount(after)} on disk, no smaller than the float model ({stored})"
     return f"{significant(before / after, 2)}× smaller on disk than the float model ({stored} → {amount(after)})"
+
+
+def _speed_claim(facts: Facts) -> str:
+    """Decode and prefill against the float model: both, because one can gain what the other loses."""
+    before, after = facts.speed("float"), facts.speed("quantized")
+    if before is None or after is None:
+        return ""
+    if not before.decode_tokens_per_second > 0 or not before.prefill_tokens_per_second > 0:
+        return ""
+    decode = significant(after.decode_tokens_per_second / before.decode_tokens_per_second, 2)
+    prefill = significant(after.prefill_tokens_per_second / before.prefill_tokens_per_second, 2)
+    return f"{decode}× the decode and {prefill}× the prefill speed of {before.dtype}"
 
 
 @dataclass(frozen=True)

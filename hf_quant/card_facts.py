@@ -130,3 +130,9 @@ def shown_base(provenance: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         return ""
     return file_name(name) if is_local(provenance) else name
+
+
+def copy_name(provenance: Mapping[str, Any]) -> str:
+    """The name of the local copy of the base model that was quantized; empty when it was the base model itself."""
+    name = provenance.get("base_model_copy")
+    return file_name(name) if isinstance(name, str) and name else ""

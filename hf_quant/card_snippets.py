@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hf_quant.card_facts import CheckpointFacts, Facts, shown_base
+from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, shown_base
 from hf_quant.card_text import one_line, without_paths
 
 # Recipe keys that change how a checkpoint is loaded, not what is in it.
@@ -91,7 +91,8 @@ def quantize_command(provenance: Mapping[str, Any], checkpoint: CheckpointFacts)
     given = provenance.get("command")
     if isinstance(given, str) and given:
         return one_line(given)
-    words = ["hf-quant", "quantize", shown_base(provenance) or "MODEL", "--recipe", "recipe.yaml"]
+    source = copy_name(provenance) or shown_base(provenance) or "MODEL"
+    words = ["hf-quant", "quantize", source, "--recipe", "recipe.yaml"]
     if provenance.get("base_revision"):
         words += ["--revision", str(provenance["base_revision"])]
     return shlex.join([*words, "--output-dir", one_line(checkpoint.name)])

@@ -79,11 +79,14 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def _decimals(interval: Interval) -> int:
-    """Decimals that show one or two digits of the interval's half width; without one, three digits of the value."""
+    """Decimals that show one or two digits of the interval's half width, and one more where the value would otherwise
+    have less than three digits; without an interval, three digits of the value."""
     width = (interval.high - interval.low) / 2
     if not math.isfinite(width) or width <= 0:
         width = abs(interval.value) / 30 or 0.01
-    return min(8, max(0, -math.floor(math.log10(width / 3))))
+    told = -math.floor(math.log10(width / 3))
+    three = 2 - math.floor(math.log10(abs(interval.value))) if interval.value else told
+    return min(8, max(0, told, min(told + 1, three)))
 
 
 def with_interval(interval: Interval, unit: str = "", sign: bool = False, factor: float = 1.0) -> str:
