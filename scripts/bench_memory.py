@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import selectors
 import subprocess
 import sys
 import time
@@ -59,9 +61,6 @@ def anonymous_bytes(pid: int) -> int:
 
 def measure(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Run the child and sample it; figures in bytes and seconds."""
-    import os
-    import selectors
-
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(model), json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -69,6 +68,14 @@ def measure(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
+    try:
+        return {**_watch(child), "ratio_bar": RATIO_BAR, "seconds_bar": SECONDS_BAR, "config": settings}
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _watch(child: subprocess.Popen[str]) -> dict[str, Any]:
     assert child.stdin and child.stdout
     if child.stdout.readline().strip() != "ready":
         sys.exit("the child process failed before loading (see above)")
@@ -85,19 +92,14 @@ def measure(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not line:
         sys.exit("the child process failed while loading (see above)")
     after = anonymous_bytes(child.pid)
-    child.stdin.write("\n")
-    child.stdin.flush()
-    child.wait()
     result = json.loads(line)
+    peak = max(peak, after)
     return {
         **result,
         "baseline_bytes": baseline,
-        "peak_bytes": max(peak, after),
+        "peak_bytes": peak,
         "after_bytes": after,
-        "ratio": (max(peak, after) - baseline) / result["model_bytes"],
-        "ratio_bar": RATIO_BAR,
-        "seconds_bar": SECONDS_BAR,
-        "config": settings,
+        "ratio": (peak - baseline) / result["model_bytes"],
     }
 
 

@@ -11,31 +11,49 @@ import typer
 from typer.core import TyperGroup
 
 from hf_quant.cli import chatting, demonstrating, inspecting, measuring, publishing, quantizing
-from hf_quant.cli.output import err, print_error
+from hf_quant.cli.output import ARGUMENTS, err, print_error
 from hf_quant.errors import HfQuantError
 from hf_quant.version import __version__
 
 BAD_INPUT = 2
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
 DEBUG_VARIABLE = "HF_QUANT_DEBUG"
 
 
 class _Group(TyperGroup):
     """Ends a typed error as two clean lines and exit code 2, Ctrl-C as exit code 130; bugs keep their traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Keep what was typed: results record the command that made them."""
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; ``ctx.params["debug"]`` lets typed errors through with their traceback."""
+        """Run the command; ``--debug`` lets typed errors through with their traceback."""
+        _stopped.clear()
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _stop(signal.SIGINT) from error
         except HfQuantError as error:
+            if _stopped:
+                raise _stop(_stopped[0]) from error
             if ctx.params.get("debug"):
                 raise
             print_error(error.problem, error.fix)
             raise typer.Exit(BAD_INPUT) from error
-        except KeyboardInterrupt as error:
-            err.print("\ninterrupted: nothing was left half-written.")
-            raise typer.Exit(INTERRUPTED) from error
+        except Exception as error:
+            # Native code that was interrupted reports it as an error of its own (safetensors: a ValueError).
+            if _stopped:
+                raise _stop(_stopped[0]) from error
+            raise
+
+
+_stopped: list[int] = []  # the signal that asked this process to stop, once there was one
+
+
+def _stop(number: int) -> typer.Exit:
+    err.print(f"\n{'interrupted' if number == signal.SIGINT else 'terminated'}: nothing was left half-written.")
+    return typer.Exit(128 + number)
 
 
 app = typer.Typer(
@@ -85,12 +103,16 @@ app.command("chat")(chatting.chat)
 app.command("demo")(demonstrating.demo)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
+def _unwind(number: int, frame: FrameType | None) -> None:
+    _stopped.append(number)
+    if len(_stopped) == 2:  # an impatient second Ctrl-C must not break the cleaning up; a third one may
+        return
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def main() -> None:
     """Entry point of the console script; ``kill`` unwinds like Ctrl-C, so that half-written output is removed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _unwind)
+    signal.signal(signal.SIGTERM, _unwind)
     app(prog_name="hf-quant")

@@ -10,7 +10,6 @@ import typer
 
 from hf_quant.cli import options as o
 from hf_quant.cli.chatting import answer, load_for_chat
-from hf_quant.cli.measuring import print_results
 from hf_quant.cli.output import err, out, quiet_libraries, size
 
 _PROMPT = "What is the capital of France?"
@@ -54,6 +53,7 @@ def demo(
     from hf_quant.card import write_card
     from hf_quant.card_metadata import read_base_card
     from hf_quant.evaluation import evaluate_directory
+    from hf_quant.evaluation.table import render
 
     started = time.perf_counter()
 
@@ -74,7 +74,7 @@ def demo(
         seed=seed,
         command="hf-quant demo",
     )
-    print_results(result)
+    out.print(render(result))
     say(4, "card")
     card = write_card(output_dir, base_model=model.BASE_MODEL, base_card=read_base_card(str(source)))
     say(5, "one answer from the saved checkpoint")

@@ -112,12 +112,12 @@ def _print_layers(reports: list[LayerReport], *, one_by_one: bool) -> None:
         key = (name, report.shape, report.label, report.kernel, report.reason)
         groups.setdefault(key, []).append(report)
     rows = table("layer", "×", "shape", "stored as", "bytes", "kernel", "why", right=("×", "bytes"))
-    for (name, *_), group in groups.items():
+    for (shown, *_), group in groups.items():
         first = group[0]
         total = sum(report.nbytes for report in group)
         shape = " × ".join(map(str, first.shape))
         rows.add_row(
-            str(name) if len(group) > 1 else first.name,
+            str(shown) if len(group) > 1 else first.name,
             str(len(group)),
             shape,
             first.label,
@@ -135,8 +135,8 @@ def _print_kept(plan: Sequence[Mapping[str, Any]]) -> None:
             key = (grouped_name(str(row["name"])), str(row.get("kind", "")), str(row.get("note", "")))
             groups[key] = groups.get(key, 0) + 1
     rows = table("left in float", "×", "kind", "why", right=("×",))
-    for (name, kind, note), count in groups.items():
-        rows.add_row(name, str(count), kind, note)
+    for (pattern, kind, note), count in groups.items():
+        rows.add_row(pattern, str(count), kind, note)
     if groups:
         out.print()
         out.print(rows)

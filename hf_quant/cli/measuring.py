@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from hf_quant.cli import options as o
-from hf_quant.cli.output import out, print_json, quiet_libraries, size, table
+from hf_quant.cli.output import ARGUMENTS, out, print_json, quiet_libraries
 from hf_quant.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from hf_quant.evaluation.results import EvaluationResult, Interval
 
 
 def evaluate(
+    ctx: typer.Context,
     directory: o.Checkpoint,
     reference: Annotated[
         str | None,
@@ -49,6 +46,12 @@ def evaluate(
         ),
     ] = True,
     device: o.Device = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="Dtype of both models while accuracy is measured; auto is float32.", rich_help_panel=o.RUNNING
+        ),
+    ] = "auto",
     kernel: o.Kernel = None,
     seed: o.Seed = 0,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -68,6 +71,7 @@ def evaluate(
     """
     quiet_libraries()
     from hf_quant.evaluation import evaluate_directory
+    from hf_quant.evaluation.table import render
 
     result = evaluate_directory(
         directory,
@@ -82,12 +86,13 @@ def evaluate(
         seed=seed,
         trust_remote_code=trust_remote_code,
         reference_revision=revision,
-        command=shlex.join(["hf-quant", *sys.argv[1:]]),
+        dtype=o.torch_dtype(dtype),
+        command=_reproducible(ctx),
     )
     if json:
         print_json(result.model_dump())
     else:
-        print_results(result)
+        out.print(render(result))
         out.print(f"recorded in {directory / 'evaluation.json'}; next: hf-quant card {directory}")
 
 
@@ -134,55 +139,8 @@ def recorded_base(directory: Path) -> str:
     raise CheckpointError(f"{directory} records {known}.", "say where the float model is: --reference DIR_OR_HUB_ID.")
 
 
-def _with_interval(interval: Interval, digits: int, unit: str = "") -> str:
-    return f"{interval.value:.{digits}f}{unit} [dim]({interval.low:.{digits}f} – {interval.high:.{digits}f})[/dim]"
-
-
-def print_results(result: EvaluationResult) -> None:
-    """The results as readable tables: accuracy, size, speed."""
-    protocol = result.protocol
-    accuracy = table(
-        "text",
-        "perplexity float",
-        "perplexity quantized",
-        "increase",
-        "KL (nats/token)",
-        "top-1 agreement",
-        "noise floor KL",
-        title=f"accuracy on {protocol.windows} windows of {protocol.length} tokens ({protocol.dtype}); 95 % intervals",
-    )
-    for text in result.texts:
-        accuracy.add_row(
-            text.name,
-            f"{text.perplexity_float.value:.2f}",
-            _with_interval(text.perplexity_quantized, 2),
-            _with_interval(text.perplexity_increase_percent, 2, " %"),
-            _with_interval(text.kl, 4),
-            f"{100 * text.top1_agreement.value:.2f} %",
-            f"{text.noise_floor.kl.value:.5f}" if text.noise_floor else "not measured",
-        )
-    out.print(accuracy)
-    out.print()
-    sizes = table("size", "float", "quantized", "ratio", right=("float", "quantized", "ratio"))
-    for name, before, after in (
-        ("weights on disk", result.size.float_disk_bytes, result.size.quantized_disk_bytes),
-        ("tensors in memory", result.size.float_memory_bytes, result.size.quantized_memory_bytes),
-    ):
-        sizes.add_row(name, size(before), size(after), f"{before / after:.2f} ×")
-    out.print(sizes)
-    out.print(f"{result.size.bits_per_weight:.2f} bits per quantized weight (codes, scales and zero points)")
-    if result.speed:
-        out.print()
-        columns = ("load s", "prefill tok/s", "decode tok/s")
-        speeds = table("speed", "dtype", *columns, "kernels (layers)", right=columns)
-        for run in result.speed:
-            speeds.add_row(
-                run.model,
-                run.dtype,
-                f"{run.load_seconds:.2f}",
-                f"{run.prefill_tokens_per_second:.0f}",
-                f"{run.decode_tokens_per_second:.1f}",
-                ", ".join(f"{name} ({count})" for name, count in run.kernels.items()),
-            )
-        out.print(speeds)
-        out.print(f"[dim]{result.environment.cpu}, {result.speed[0].threads} threads[/dim]")
+def _reproducible(ctx: typer.Context) -> str:
+    """The command line to record: results travel, so of a path on this machine only the last part is kept."""
+    given = ctx.meta.get(ARGUMENTS, [])
+    shown = [Path(part).resolve().name if Path(part).exists() else part for part in given]
+    return shlex.join(["hf-quant", *shown])

@@ -11,18 +11,20 @@ import typer
 from hf_quant.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from hf_quant.config import HfQuantConfig
 
-_QUANTIZING = "What to quantize, and how"
-_RUNNING = "Where and how to run"
+QUANTIZING = "What to quantize, and how"
+RUNNING = "Where and how to run"
 
-Bits = Annotated[int | None, typer.Option(help="Bits per code: 4 (default) or 8.", rich_help_panel=_QUANTIZING)]
+Bits = Annotated[int | None, typer.Option(help="Bits per code: 4 (default) or 8.", rich_help_panel=QUANTIZING)]
 GroupSize = Annotated[
     int | None,
     typer.Option(
         help="Input columns that share a scale; -1 is one scale per output channel. "
         "[dim]Default: 32 at 4 bits, 128 at 8 bits, 64 for nf4 and fp4.[/dim]",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 Symmetric = Annotated[
@@ -30,7 +32,7 @@ Symmetric = Annotated[
     typer.Option(
         "--symmetric/--asymmetric",
         help="Without or with a zero point per group (grid int). [dim]Default: symmetric.[/dim]",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 Grid = Annotated[
@@ -38,7 +40,7 @@ Grid = Annotated[
     typer.Option(
         help="int: uniform, published as compressed-tensors. nf4, fp4: 16 fixed levels, published as bitsandbytes. "
         "[dim]Default: int.[/dim]",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 DoubleQuant = Annotated[
@@ -46,14 +48,14 @@ DoubleQuant = Annotated[
     typer.Option(
         "--double-quant/--no-double-quant",
         help="Store the scales of nf4 and fp4 as 8-bit codes. [dim]Default: yes.[/dim]",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 Method = Annotated[
     str | None,
     typer.Option(
         help="search: data-free adaptive scales. absmax: round to nearest, the baseline. [dim]Default: search.[/dim]",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 Skip = Annotated[
@@ -62,7 +64,7 @@ Skip = Annotated[
         metavar="PATTERN",
         help="Leave these modules in float too (repeatable): a name, the name of a subtree or leaf, or 're:REGEX'. "
         "The output head and tied weights are left in float anyway.",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 Override = Annotated[
@@ -71,7 +73,7 @@ Override = Annotated[
         metavar="PATTERN=...",
         help="Another choice for some modules (repeatable): PATTERN=float, or PATTERN= and keys of a recipe, as in "
         "down_proj=bits=8",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 OnIndivisible = Annotated[
@@ -80,7 +82,7 @@ OnIndivisible = Annotated[
         help="For a group that does not divide a row. nearest: take one that does, and say so. error: stop. "
         "[dim]Default: nearest.[/dim]",
         metavar="CHOICE",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 Recipe = Annotated[
@@ -88,37 +90,37 @@ Recipe = Annotated[
     typer.Option(
         metavar="FILE.yaml",
         help="Read the choices above from a recipe (see configs/); flags given beside it win.",
-        rich_help_panel=_QUANTIZING,
+        rich_help_panel=QUANTIZING,
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:1, mps ... [dim]Default: cpu.[/dim]", rich_help_panel=_RUNNING),
+    typer.Option(help="cpu, cuda, cuda:1, mps ... [dim]Default: cpu.[/dim]", rich_help_panel=RUNNING),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Dtype of what stays in float; auto is the checkpoint's own.", rich_help_panel=_RUNNING),
+    typer.Option(help="Dtype of what stays in float; auto is the checkpoint's own.", rich_help_panel=RUNNING),
 ]
 Kernel = Annotated[
     str | None,
     typer.Option(
         help="Force one kernel: reference, cpu, bitsandbytes. [dim]Default: the best that runs each layer; the "
         "environment variable HF_QUANT_KERNEL sets it too.[/dim]",
-        rich_help_panel=_RUNNING,
+        rich_help_panel=RUNNING,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=_RUNNING)]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=RUNNING)]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
         help="Run Python code that comes with the model. Off by default.",
-        rich_help_panel=_RUNNING,
+        rich_help_panel=RUNNING,
     ),
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(help="Branch, tag or commit of a model on the Hub.", rich_help_panel=_RUNNING),
+    typer.Option(help="Branch, tag or commit of a model on the Hub.", rich_help_panel=RUNNING),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output directory that exists (in one step, at the end).")
@@ -162,6 +164,13 @@ def build_config(
     overrides = dict(parse_override(text) for text in override or ())
     overrides.update({pattern: value for pattern, value in base.overrides.items() if pattern not in overrides})
     return HfQuantConfig(**{**base.to_dict(), "skip": [*base.skip, *(skip or ())], "overrides": overrides})
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype of ``--dtype``; None for auto."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
 
 
 def seed_everything(seed: int) -> None:

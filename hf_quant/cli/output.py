@@ -16,6 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from hf_quant.plan import Plan, PlannedLayer
 
+ARGUMENTS = "hf_quant.arguments"  # key of a typer context: what was typed after the program's name
 _PLAIN_WIDTH = 160  # a log or a pipe has no width of its own: wide enough that no table is cut
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 

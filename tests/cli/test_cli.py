@@ -210,7 +210,7 @@ def test_quantize_flags_reach_the_checkpoint(
 
 def test_evaluate_records_what_it_prints(measured: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     results = json.loads((measured / "evaluation.json").read_text(encoding="utf-8"))
-    assert [text["name"] for text in results["texts"]] == [text_file.stem]
+    assert [text["name"] for text in results["texts"]] == [text_file.name]
     assert results["protocol"]["windows"] == 4
     assert results["texts"][0]["kl"]["value"] > 0
     copy = tmp_path / "copy"
@@ -310,13 +310,49 @@ def _no_config(model: Path) -> None:
     (model / "config.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [_truncate, _escape, _pickle, _no_config])
+def _broken_config(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": "llama"', encoding="utf-8")
+
+
+def _unknown_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "lhama", "architectures": ["LhamaForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _missing_tensor(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def _not_a_number(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage", [_truncate, _escape, _pickle, _no_config, _broken_config, _unknown_architecture, _missing_tensor]
+)
 def test_damaged_models_are_refused(tiny_llama: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     damage(model)
     refused("plan", model)
     refused("quantize", model, "-o", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_weight_that_is_not_a_number_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    _not_a_number(model)
+    assert "model.layers.1.mlp.up_proj" in refused("quantize", model, "-o", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
