@@ -270,8 +270,10 @@ def _tensor(path: Path, shard: str, name: str, entry: object, begin: int) -> Ten
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise malformed(f"has the malformed shape {shape!r} or offsets {offsets!r}")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
-        raise malformed(f"of {dtype} {shape} needs {-(-bits // 8):,} bytes, but has {offsets[1] - offsets[0]:,}")
+    if bits % 8:
+        raise malformed(f"of {dtype} {shape} does not fill whole bytes")
+    if bits // 8 != offsets[1] - offsets[0]:
+        raise malformed(f"of {dtype} {shape} needs {bits // 8:,} bytes, but has {offsets[1] - offsets[0]:,}")
     return TensorInfo(name, dtype, tuple(shape), shard, bits // 8, begin + offsets[0])
 
 

@@ -27,18 +27,27 @@ from hf_quant.evaluation.results import EvaluationResult
 
 MAX_FILE_BYTES = 50 * 10**9  # larger files cannot be fetched from the Hub over plain HTTP
 _IMAGES = (".png", ".svg")
-# Name of the secret -> what it looks like. Long enough that a vocabulary does not hold one by accident.
-_SECRETS: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
-    (name, re.compile(pattern))
-    for name, pattern in (
-        ("a Hugging Face token", rb"(?<![A-Za-z0-9_])(?:hf|api_org)_[A-Za-z0-9]{30,}"),
-        ("an AWS access key", rb"(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])"),
-        ("an AWS secret key", rb"aws_secret_access_key[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}"),
-        ("a private key", rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
-        ("a GitHub token", rb"(?<![A-Za-z0-9_])(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})"),
-        ("a Google API key", rb"(?<![A-Za-z0-9_-])AIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),
-        ("an OpenAI or Anthropic key", rb"(?<![A-Za-z0-9_-])sk-(?:proj|ant|svcacct)-[A-Za-z0-9_-]{24,}"),
-        ("a Slack token", rb"(?<![A-Za-z0-9])xox[abprs]-[A-Za-z0-9-]{20,}"),
+# What it is, a literal that occurs in every one (a fast test for large vocabularies), what it looks like as a whole:
+# long enough that no vocabulary holds one by accident.
+_SECRETS: tuple[tuple[str, bytes, re.Pattern[bytes]], ...] = tuple(
+    (name, literal, re.compile(pattern))
+    for name, literal, pattern in (
+        ("a Hugging Face token", b"hf_", rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}"),
+        ("a Hugging Face token", b"api_org_", rb"(?<![A-Za-z0-9_])api_org_[A-Za-z0-9]{30,}"),
+        ("an AWS access key", b"AKIA", rb"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}(?![A-Za-z0-9])"),
+        ("an AWS access key", b"ASIA", rb"(?<![A-Za-z0-9])ASIA[0-9A-Z]{16}(?![A-Za-z0-9])"),
+        (
+            "an AWS secret key",
+            b"aws_secret_access_key",
+            rb"aws_secret_access_key[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}",
+        ),
+        ("an AWS secret key", b"AWS_SECRET_ACCESS_KEY", rb"AWS_SECRET_ACCESS_KEY[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}"),
+        ("a private key", b"PRIVATE KEY-----", rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
+        ("a GitHub token", b"gh", rb"(?<![A-Za-z0-9_])gh[pousr]_[A-Za-z0-9]{36}"),
+        ("a GitHub token", b"github_pat_", rb"(?<![A-Za-z0-9_])github_pat_[A-Za-z0-9_]{60,}"),
+        ("a Google API key", b"AIza", rb"(?<![A-Za-z0-9_-])AIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),
+        ("an OpenAI or Anthropic key", b"sk-", rb"(?<![A-Za-z0-9_-])sk-(?:proj|ant|svcacct)-[A-Za-z0-9_-]{24,}"),
+        ("a Slack token", b"xox", rb"(?<![A-Za-z0-9])xox[abprs]-[A-Za-z0-9-]{20,}"),
     )
 )
 
@@ -85,8 +94,8 @@ def check_publishable(directory: Path | str, include: Sequence[str] = ()) -> Pub
 
 def find_secret(data: bytes) -> tuple[str, int] | None:
     """The first thing in ``data`` that looks like a secret: (what it is, its line); None when there is nothing."""
-    for what, pattern in _SECRETS:
-        if match := pattern.search(data):
+    for what, literal, pattern in _SECRETS:
+        if literal in data and (match := pattern.search(data)):
             return what, data.count(b"\n", 0, match.start()) + 1
     return None
 
