@@ -77,6 +77,7 @@ def render(
     Raises:
         CardError: a fact that the card needs is missing, or a figure is not finite.
     """
+    provenance = {"data": None, "base_revision": None, **provenance}
     missing = [key for key in PROVENANCE_KEYS if key not in provenance]
     if missing:
         raise CardError(f"the provenance lacks {', '.join(missing)}.", "quantize again with this version of hf-quant.")
@@ -103,38 +104,40 @@ def render(
         model_name=one_line(checkpoint.name),
         eval_results=eval_results(results, task or "text-generation") if results is not None else None,
     )
-    text = (
-        _environment()
-        .from_string(_template())
-        .render(
-            metadata=metadata.to_yaml(),
-            name=checkpoint.name,
-            claim=claim(facts),
-            scheme=scheme_summary(facts),
-            facts=facts,
-            results=results,
-            texts=text_rows(results),
-            provenance=provenance,
-            base_name=shown_base(provenance),
-            base_id=base_id,
-            copy_name=copy_name(provenance),
-            base=base,
-            license=passed_on.get("license"),
-            license_name=passed_on.get("license_name"),
-            license_link=passed_on.get("license_link"),
-            checkpoint=checkpoint,
-            plots={Path(path).stem: (path, caption) for path, caption in checkpoint.plots},
-            auto_class=auto_class,
-            snippet=Snippet(checkpoint, facts, auto_class),
-            quantized=families([row for row in rows if row.is_quantized]),
-            kept=families([row for row in rows if not row.is_quantized], across_parents=True),
-            methods=methods(facts),
-            recipe=recipe_yaml(provenance["recipe"]),
-            quantize_command=quantize_command(provenance, checkpoint),
-            vllm=vllm_reads(facts),
-            limits=limits(facts),
-        )
-    )
+    known: dict[str, Any] = {
+        "metadata": metadata.to_yaml(),
+        "name": checkpoint.name,
+        "claim": claim(facts),
+        "scheme": scheme_summary(facts),
+        "facts": facts,
+        "results": results,
+        "texts": text_rows(results),
+        "provenance": provenance,
+        "base_name": shown_base(provenance),
+        "base_id": base_id,
+        "copy_name": copy_name(provenance),
+        "base": base,
+        "license": passed_on.get("license"),
+        "license_name": passed_on.get("license_name"),
+        "license_link": passed_on.get("license_link"),
+        "checkpoint": checkpoint,
+        "plots": {Path(path).stem: (path, caption) for path, caption in checkpoint.plots},
+        "auto_class": auto_class,
+        "snippet": Snippet(checkpoint, facts, auto_class),
+        "quantized": families([row for row in rows if row.is_quantized], rows),
+        "kept": families([row for row in rows if not row.is_quantized], rows, across_parents=True),
+        "methods": methods(facts),
+        "recipe": recipe_yaml(provenance["recipe"]),
+        "quantize_command": quantize_command(provenance, checkpoint),
+        "vllm": vllm_reads(facts),
+        "limits": limits(facts),
+    }
+    try:
+        text = _environment().from_string(_template()).render(known)
+    except jinja2.UndefinedError as error:
+        raise CardError(
+            f"the card needs a fact that is not recorded: {error}.", "quantize and evaluate again."
+        ) from error
     validate_card(text)
     return text
 

@@ -148,7 +148,7 @@ def vllm_reads(facts: Facts) -> bool:
         return False
     if int(match["group"][1:]) % 2 or any(size % 32 for row in facts.quantized for size in row.shape):
         return False
-    if any(row.kind != "Linear" for row in facts.quantized):
+    if any(row.kind != "Linear" or row.rule != "default" for row in facts.quantized):
         return False
     return all(row.rule == "default skip" for row in facts.rows if row.kind == "Linear" and not row.is_quantized)
 

@@ -203,19 +203,23 @@ class Family:
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def families(rows: Sequence[LayerRow], across_parents: bool = False) -> list[Family]:
-    """Group rows: numbers in names become ``*`` (or the numbers, where not all share the treatment), leaves under one
-    parent become ``{a,b}``; ``across_parents`` also joins different parents. Order: by first appearance."""
+def families(rows: Sequence[LayerRow], model: Sequence[LayerRow], across_parents: bool = False) -> list[Family]:
+    """Group ``rows`` of a ``model``: numbers in names become ``*`` (or the numbers, where not all layers of that name
+    share the treatment), leaves under one parent become ``{a,b}``; ``across_parents`` also joins different parents.
+    Order: by first appearance."""
     everyone: dict[str, set[int]] = defaultdict(set)
-    by_name: dict[tuple[str, tuple[str, ...]], list[LayerRow]] = defaultdict(list)
-    for row in rows:
+    for row in model:
         skeleton, number = _skeleton(row.name)
         everyone[skeleton].add(number)
+    by_name: dict[tuple[str, tuple[str, ...]], list[LayerRow]] = defaultdict(list)
+    for row in rows:
+        skeleton, _ = _skeleton(row.name)
         by_name[skeleton, (row.kind, row.label, row.method, row.rule, row.note)].append(row)
     by_leaf: dict[tuple[str, str, tuple[str, ...]], list[tuple[str, list[LayerRow]]]] = defaultdict(list)
     for (skeleton, treatment), members in by_name.items():
         numbers = {_skeleton(row.name)[1] for row in members}
-        which = "*" if numbers == everyone[skeleton] else f"[{_ranges(sorted(numbers))}]"
+        some = _ranges(sorted(numbers))
+        which = "*" if numbers == everyone[skeleton] else some if len(numbers) == 1 else f"[{some}]"
         parent, _, leaf = skeleton.replace("*", which, 1).rpartition(".")
         by_leaf[parent, "" if across_parents else leaf if not parent else "", treatment].append((leaf, members))
     merged: dict[Any, list[tuple[str, list[LayerRow]]]] = defaultdict(list)

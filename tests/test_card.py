@@ -285,6 +285,16 @@ def test_layers_treated_differently_are_told_apart() -> None:
     assert "int4, symmetric, one scale per 32 weights (50 %)" in text
 
 
+def test_a_layer_left_in_float_is_named_and_not_counted_as_quantized() -> None:
+    rows = plan_rows(layers=4)
+    kept = next(row for row in rows if row["name"] == "model.layers.2.mlp.up_proj")
+    kept |= {"label": None, "method": "", "rule": "skip 'x'", "note": "left in float on request"}
+    text = render(measured(), provenance(), rows, facts(), APACHE)
+    assert "| `model.layers.2.mlp.up_proj` | 1 | left in float on request |" in text
+    assert "`model.layers.[0-1,3].mlp.up_proj` | 3 |" in text
+    assert "`model.layers.*.mlp.down_proj` | 4 |" in text
+
+
 @pytest.mark.parametrize(
     ("label", "special", "expected"),
     [
@@ -389,6 +399,11 @@ def test_missing_provenance_is_named() -> None:
     del incomplete["recipe"]
     with pytest.raises(CardError, match="recipe"):
         render(measured(), incomplete, plan_rows(), facts(), APACHE)
+    with pytest.raises(CardError, match="not recorded"):
+        render(measured(), provenance(data={"path": "x"}), plan_rows(), facts(), APACHE)
+    sparse = provenance()
+    del sparse["data"], sparse["base_revision"], sparse["torch"]
+    assert "data-free" in render(measured(), sparse, plan_rows(), facts(), APACHE)
     with pytest.raises(CardError, match="no quantized layer"):
         render(measured(), provenance(), plan_rows(""), facts(), APACHE)
 
