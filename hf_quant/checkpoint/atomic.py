@@ -75,7 +75,7 @@ def check_output(path: Path | str, overwrite: bool = False, *, needed_bytes: int
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{parent} is not a directory, so {path} cannot be made.", "choose another output directory.")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise OutputError(f"no permission to write into {parent}.", "choose a directory that you may write to.")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:

@@ -27,6 +27,7 @@ from hf_quant.evaluation.results import EvaluationResult
 
 MAX_FILE_BYTES = 50 * 10**9  # larger files cannot be fetched from the Hub over plain HTTP
 _IMAGES = (".png", ".svg")
+_ASSIGNED = rb"[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}"
 # What it is, a literal that occurs in every one (a fast test for large vocabularies), what it looks like as a whole:
 # long enough that no vocabulary holds one by accident.
 _SECRETS: tuple[tuple[str, bytes, re.Pattern[bytes]], ...] = tuple(
@@ -36,12 +37,8 @@ _SECRETS: tuple[tuple[str, bytes, re.Pattern[bytes]], ...] = tuple(
         ("a Hugging Face token", b"api_org_", rb"(?<![A-Za-z0-9_])api_org_[A-Za-z0-9]{30,}"),
         ("an AWS access key", b"AKIA", rb"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}(?![A-Za-z0-9])"),
         ("an AWS access key", b"ASIA", rb"(?<![A-Za-z0-9])ASIA[0-9A-Z]{16}(?![A-Za-z0-9])"),
-        (
-            "an AWS secret key",
-            b"aws_secret_access_key",
-            rb"aws_secret_access_key[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}",
-        ),
-        ("an AWS secret key", b"AWS_SECRET_ACCESS_KEY", rb"AWS_SECRET_ACCESS_KEY[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}"),
+        ("an AWS secret key", b"aws_secret_access_key", rb"aws_secret_access_key" + _ASSIGNED),
+        ("an AWS secret key", b"AWS_SECRET_ACCESS_KEY", rb"AWS_SECRET_ACCESS_KEY" + _ASSIGNED),
         ("a private key", b"PRIVATE KEY-----", rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
         ("a GitHub token", b"gh", rb"(?<![A-Za-z0-9_])gh[pousr]_[A-Za-z0-9]{36}"),
         ("a GitHub token", b"github_pat_", rb"(?<![A-Za-z0-9_])github_pat_[A-Za-z0-9_]{60,}"),

@@ -1,4 +1,4 @@
-"""Files that cannot be written, and single files: the old content or all of the new one, and an error that says why when it cannot be."""
+"""Files that cannot be written, and single files, which have the old content or all of the new one."""
 
 from __future__ import annotations
 

@@ -78,6 +78,7 @@ SECRETS = {
 @pytest.mark.parametrize("what", SECRETS)
 def test_secrets(checkpoint: Path, what: str) -> None:
     (checkpoint / "chat_template.jinja").write_text(f"{{# first #}}\n{{# {SECRETS[what]} #}}\n")
+    assert find_secret(f"AWS_SECRET_ACCESS_KEY={'x' * 40}".encode()) == ("an AWS secret key", 1)
     with pytest.raises(HubError, match=rf"chat_template\.jinja seems to hold {what} \(line 2\)") as caught:
         check_publishable(checkpoint)
     assert SECRETS[what] not in str(caught.value), "an error message is no place for a secret"
