@@ -28,9 +28,9 @@ from hf_quant.kernels.registry import Kernel, LayerSpec, Prepared
 from hf_quant.tensor import QuantizedTensor, pack_codes
 
 # Rows of x up to which the op beats dequantizing the weight; scripts/bench_kernels.py --crossover measures them.
-INT4_ROWS = 32
-INT8_ROWS = 16
-PLANES_ROWS = 12
+INT4_ROWS = 48
+INT8_ROWS = 20
+PLANES_ROWS = 20
 # The zero points of an int4 layer are rounded to bfloat16 together with their scale. Where that moves the weight by
 # more than this share of its norm (bfloat16 rounding of the weight itself moves it by 1.6e-3), it is corrected.
 ZERO_ERROR = 2.0**-10
@@ -86,10 +86,10 @@ class CpuKernel(Kernel):
             return f"torch has no op for {spec.scheme.grid}"
         if spec.dtype != torch.bfloat16:
             return f"torch's int4 and int8 ops are slow in {spec.dtype_name}"
+        if self._block is None:
+            return "torch's int4 op is missing or uses an unknown layout here, which means that it is not vectorized"
         if self._takes_int8pack(spec):
             return None
-        if self._block is None:
-            return "torch's int4 op is missing or uses an unknown layout on this machine"
         if spec.out_features % self._block:
             return f"torch's int4 op wants output features in blocks of {self._block}, not {spec.out_features}"
         if int4pack.op_group(spec.group) is None:
@@ -106,12 +106,11 @@ class CpuKernel(Kernel):
     @torch.no_grad()
     def prepare(self, tensor: QuantizedTensor, spec: LayerSpec) -> Prepared:
         extras = canonical_extras(tensor)
-        if self._no_op(spec) is not None:
+        if self._no_op(spec) is not None or self._block is None:
             return Prepared(tensor.packed, extras)
         if self._takes_int8pack(spec):
             extras["channel_scale"] = tensor.scales().reshape(-1).to(torch.bfloat16)
             return Prepared(tensor.packed ^ 128, extras)
-        assert self._block is not None
         if spec.scheme.bits == 4:
             extras.update(_int4_extras(tensor, spec))
             return Prepared(int4pack.pack(tensor.codes(), self._block), extras)
@@ -174,7 +173,7 @@ class CpuKernel(Kernel):
             return dequantized_product(wide, prepared, spec, wide_bias).to(x.dtype)
         assert self._block is not None
         whole = [slice(0, spec.out_features)]
-        chunks = whole if torch.compiler.is_compiling() else row_chunks(spec, dtype, self._block)
+        chunks = whole if torch.compiler.is_compiling() else row_chunks(spec, self._block)
         parts = []
         for rows in chunks:
             weight = self._dequantize_columns(prepared, spec, rows, dtype)

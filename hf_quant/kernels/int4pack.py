@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 BLOCKS = (64, 32)
-OP_GROUPS = (256, 128, 64, 32)
 
 
 def available() -> bool:
@@ -28,7 +27,8 @@ def block_rows() -> int | None:
 
 def op_group(group: int) -> int | None:
     """The widest group of the op that divides ``group``, whose scales then repeat; None when there is none."""
-    return next((size for size in OP_GROUPS if group % size == 0), None)
+    size = min(group & -group, 256)
+    return size if size >= 32 else None
 
 
 def pack(codes: torch.Tensor, block: int) -> torch.Tensor:
@@ -36,14 +36,14 @@ def pack(codes: torch.Tensor, block: int) -> torch.Tensor:
     out, columns = codes.shape
     halves = codes.view(-1, 2, block // 2, columns)
     packed = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2)
-    return packed.reshape(out, columns // 2)
+    return packed.contiguous().view(out, columns // 2)
 
 
 def unpack(packed: torch.Tensor, block: int) -> torch.Tensor:
     """The inverse of :func:`pack`: bytes ``[out, in/2]`` -> uint8 codes ``[out, in]``."""
     out, columns = packed.shape[0], packed.shape[1] * 2
     blocks = packed.view(-1, columns, block // 2).transpose(1, 2)
-    return torch.cat((blocks & 15, blocks >> 4), dim=1).reshape(out, columns)
+    return torch.cat((blocks & 15, blocks >> 4), dim=1).contiguous().view(out, columns)
 
 
 def columns_first(packed: torch.Tensor, low: torch.Tensor | None, block: int) -> torch.Tensor:
@@ -60,5 +60,5 @@ def columns_first(packed: torch.Tensor, low: torch.Tensor | None, block: int) ->
         codes = torch.cat((first & 15, first >> 4), dim=-1)
     else:
         second = low.view(-1, columns, block // 2).transpose(0, 1)
-        codes = torch.cat(((first << 4) | (second & 15), (first & 240) | (second >> 4)), dim=-1)
+        codes = torch.cat(((first << 4).bitwise_or_(second & 15), (first & 240).bitwise_or_(second >> 4)), dim=-1)
     return codes.view(columns, -1)

@@ -17,9 +17,9 @@ from hf_quant.kernels.autograd import linear_by_rows
 from hf_quant.kernels.registry import Kernel, LayerSpec, Prepared
 from hf_quant.tensor import QuantizedTensor, unpack_codes
 
-# Measured on 2 cores with 1 MB of L2 each: 1-4 MB are alike; at 0.25 MB the calls cost more than the cache saves, at
-# 16 MB and above page faults double the time.
-CHUNK_BYTES = 2 << 20
+# Weights dequantized at a time, 2 MB as float32. Measured on cores with 1 MB of L2 each: 1-4 MB are alike; at 0.25 MB
+# the calls cost more than the cache saves, from 16 MB on page faults double the time.
+CHUNK = 1 << 19
 
 
 class ReferenceKernel(Kernel):
@@ -69,7 +69,7 @@ def dequantized_weight(prepared: Prepared, spec: LayerSpec, dtype: torch.dtype) 
     if scale.device.type != "cpu" or torch.compiler.is_compiling():
         return _dequantize(prepared, spec, slice(None), dtype)
     weight = scale.new_empty((spec.out_features, spec.in_features), dtype=dtype)
-    for rows in row_chunks(spec, dtype):
+    for rows in row_chunks(spec):
         weight[rows] = _dequantize(prepared, spec, rows, dtype)
     return weight
 
@@ -96,14 +96,14 @@ def dequantized_product(
         return functional.linear(x, _dequantize(prepared, spec, slice(None), dtype), bias)
     parts = [
         functional.linear(x, _dequantize(prepared, spec, rows, dtype), None if bias is None else bias[rows])
-        for rows in row_chunks(spec, dtype)
+        for rows in row_chunks(spec)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def row_chunks(spec: LayerSpec, dtype: torch.dtype, multiple: int = 64) -> list[slice]:
-    """Slices of output rows whose float weights take about CHUNK_BYTES each."""
-    step = max(1, CHUNK_BYTES // (multiple * spec.in_features * dtype.itemsize)) * multiple
+def row_chunks(spec: LayerSpec, multiple: int = 64) -> list[slice]:
+    """Slices of output rows with about CHUNK weights each."""
+    step = max(1, CHUNK // (multiple * spec.in_features)) * multiple
     return [slice(start, min(start + step, spec.out_features)) for start in range(0, spec.out_features, step)]
 
 
@@ -111,21 +111,19 @@ def scaled(codes: torch.Tensor, zero: torch.Tensor | int, scale: torch.Tensor, d
     """``(codes - zero) * scale`` on the int grid, rounded once to ``dtype``; operands broadcast.
 
     Args:
-        codes: uint8, overwritten when the grid is 4-bit (``zero`` is then int8 or a number below 128).
-        zero: the zero points, in int8 (4-bit codes) or in any dtype that holds 0..255 (8-bit codes).
+        codes: uint8; at 4 bits (``zero`` is int8, or a number below 128) they are overwritten.
+        zero: the zero points, int8 (4-bit codes) or uint8 (8-bit codes).
         scale: bfloat16, float16 or float32.
         dtype: of the result.
     """
-    # Whole numbers up to 256 and their product with a scale of the same dtype, rounded once by the multiplication:
-    # bfloat16 arithmetic gives the very bits of float32 arithmetic followed by one rounding.
-    compute = dtype if dtype == scale.dtype == torch.bfloat16 else torch.float32
+    # Always in float32: bfloat16 arithmetic has to widen and round at every step and is slower.
     if isinstance(zero, torch.Tensor) and zero.dtype != torch.int8:
-        values = codes.to(compute).sub_(zero.to(compute))
+        values = codes.to(torch.float32).sub_(zero.to(torch.float32))
     elif isinstance(zero, int) and zero > 127:
-        values = codes.bitwise_xor(zero).view(torch.int8).to(compute)
+        values = codes.bitwise_xor(128).view(torch.int8).to(torch.float32)
     else:
-        values = codes.view(torch.int8).sub_(zero).to(compute)
-    return values.mul_(scale.to(compute)).to(dtype)
+        values = codes.view(torch.int8).sub_(zero).to(torch.float32)
+    return values.mul_(scale.to(torch.float32)).to(dtype)
 
 
 def _dequantize(prepared: Prepared, spec: LayerSpec, rows: slice, dtype: torch.dtype) -> torch.Tensor:
