@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, validate_repo_id
 
 from hf_quant.checkpoint import MANIFEST_FILE
-from hf_quant.checkpoint.contents import belongs, matches
+from hf_quant.checkpoint.contents import HUB_LEFTOVERS, belongs, matches
 from hf_quant.errors import HfQuantError, HubError
 from hf_quant.hub.check import Publishable, check_publishable
 from hf_quant.version import __version__
@@ -160,7 +160,9 @@ def push(
         sizes,
         uploaded=tuple(changed),
         deleted=tuple(stale),
-        foreign=tuple(name for name in remote if name not in checked.files and name not in stale),
+        foreign=tuple(
+            name for name in remote if not (name in checked.files or name in stale or matches(name, HUB_LEFTOVERS))
+        ),
         commit=commit,
         created=bool(changed or stale),
         url=f"{api.endpoint}/{repo_id}" + ("" if revision == MAIN else f"/tree/{revision}"),

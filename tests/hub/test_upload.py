@@ -21,6 +21,7 @@ def test_a_push_arrives_whole_and_loads_with_stock_transformers(world: Any, chec
     report = world.push(checkpoint)
     assert report["created"] and report["commit"] == world.hub.repos["tester/tiny"].at()
     assert report["digest"] == checkpoint_digest(checkpoint)
+    assert report["foreign"] == [], "the Hub's own .gitattributes is nothing to tell"
     assert "model-00002-of-00003.safetensors" in report["uploaded"]
     assert world.served() == _local(checkpoint)
 
