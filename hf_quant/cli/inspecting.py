@@ -109,9 +109,8 @@ def _print_layers(reports: list[LayerReport], *, one_by_one: bool) -> None:
     groups: dict[tuple[object, ...], list[LayerReport]] = {}
     for report in reports:
         name = report.name if one_by_one else grouped_name(report.name)
-        key = (name, report.shape, report.label, report.kernel, report.reason)
-        groups.setdefault(key, []).append(report)
-    rows = table("layer", "×", "shape", "stored as", "bytes", "kernel", "why", right=("×", "bytes"))
+        groups.setdefault((name, report.shape, report.label, report.kernel), []).append(report)
+    rows = table("layer", "×", "shape", "stored as", "bytes", "kernel", right=("×", "bytes"))
     for (shown, *_), group in groups.items():
         first = group[0]
         total = sum(report.nbytes for report in group)
@@ -123,9 +122,14 @@ def _print_layers(reports: list[LayerReport], *, one_by_one: bool) -> None:
             first.label,
             size(total),
             first.kernel or "none chosen",
-            first.reason or "",
         )
     out.print(rows)
+    reasons: dict[tuple[str, str], int] = {}
+    for report in reports:
+        key = (report.kernel or "none chosen", report.reason or "")
+        reasons[key] = reasons.get(key, 0) + 1
+    for (kernel, reason), count in reasons.items():
+        out.print(f"{kernel} runs {count} layers: {reason}", markup=False, soft_wrap=True)
 
 
 def _print_kept(plan: Sequence[Mapping[str, Any]]) -> None:

@@ -87,7 +87,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         reference_revision=revision,
         dtype=o.torch_dtype(dtype),
-        command=_reproducible(ctx),
+        command=reproducible(ctx),
     )
     if json:
         print_json(result.model_dump())
@@ -139,7 +139,7 @@ def recorded_base(directory: Path) -> str:
     raise CheckpointError(f"{directory} records {known}.", "say where the float model is: --reference DIR_OR_HUB_ID.")
 
 
-def _reproducible(ctx: typer.Context) -> str:
+def reproducible(ctx: typer.Context) -> str:
     """The command line to record: results travel, so of a path on this machine only the last part is kept."""
     given = ctx.meta.get(ARGUMENTS, [])
     shown = [Path(part).resolve().name if Path(part).exists() else part for part in given]
