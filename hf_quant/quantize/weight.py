@@ -9,7 +9,7 @@ from hf_quant.grids import Scheme
 from hf_quant.quantize.absmax import absmax_scales
 from hf_quant.quantize.double_quant import nest
 from hf_quant.quantize.rounding import nearest_codes, nearest_values
-from hf_quant.quantize.search import search_scales
+from hf_quant.quantize.search import default_importance, search_scales
 from hf_quant.tensor import QuantizedTensor, pack_codes
 
 CHUNK = 1 << 18  # weights worked on at once: a few float32 buffers of this size stay in a last-level cache
@@ -32,7 +32,8 @@ def quantize_weight(
         scheme: grid, bits and group.
         method: ``search`` or ``absmax``.
         scale_dtype: dtype of the stored scales on the int grids (table grids store float32 or nested scales).
-        importance: float32 ``[in]``, positive: how much an input column's error matters (``search`` only).
+        importance: float32 ``[in]``, positive: how much an input column's error matters (``search`` only); None takes
+            :func:`hf_quant.quantize.search.default_importance`.
         name: named in errors.
 
     Raises:
@@ -91,6 +92,8 @@ def _choose(
     baseline = _store(baseline, stored)
     if method == "absmax":
         return baseline, zero
+    if importance is None:
+        importance = default_importance(groups, scheme)
     scale, found = search_scales(groups, scheme, importance)
     scale = _store(scale, stored)
     worse = _error(groups, scale, found, scheme, importance) > _error(groups, baseline, zero, scheme, importance)
