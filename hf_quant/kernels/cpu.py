@@ -49,11 +49,7 @@ class CpuKernel(Kernel):
 
     def __init__(self) -> None:
         self._block = int4pack.block_rows() if int4pack.available() else None
-        native = {
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-        }
-        self._widened = {dtype for dtype, supported in native.items() if not supported()}
+        self._widened = tuple(dtype for dtype in (torch.bfloat16, torch.float16) if not _multiplies(dtype))
 
     def unavailable(self) -> str | None:
         return None
@@ -197,6 +193,15 @@ class CpuKernel(Kernel):
             zero = zero.view(torch.int8) if spec.scheme.bits == 4 else zero
         grouped = codes.view(-1, spec.group, codes.shape[1])
         return scaled(grouped, zero, scale, dtype).view(columns, -1)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether matmuls in a half-precision dtype run natively here; without oneDNN nobody knows, and torch decides."""
+    if not torch.backends.mkldnn.is_available():
+        return True
+    ops = torch.ops.mkldnn
+    supported = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
+    return bool(supported())
 
 
 def _planes(prepared: Prepared, spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor]:

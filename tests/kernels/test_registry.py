@@ -1,0 +1,128 @@
+"""The registry: names, who wins, what a refusal says, and that nothing is imported before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_quant.errors import ConfigError, KernelError
+from hf_quant.grids import Scheme
+from hf_quant.kernels import registry
+from hf_quant.kernels.registry import LayerSpec, select
+
+
+def layer(
+    scheme: Scheme | None = None, out: int = 128, columns: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> LayerSpec:
+    return LayerSpec(scheme or Scheme(group_size=32), out, columns, "cpu", dtype)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+
+
+def test_names_are_what_can_be_asked_for() -> None:
+    assert registry.names() == ("cpu", "bitsandbytes", "reference")
+    assert registry.check_name("auto") == "auto"
+    assert registry.get("reference") is registry.get("reference")
+    assert [registry.get(name).name for name in registry.names()] == list(registry.names())
+
+
+@pytest.mark.parametrize(("name", "near"), [("referense", "reference"), ("bnb", "bitsandbytes"), ("CPU", "cpu")])
+def test_unknown_names_are_refused_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        select(layer(), name)
+    assert repr(name) in str(error.value)
+    assert near in error.value.fix
+
+
+def test_unknown_name_in_the_environment_says_where_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "fast")
+    with pytest.raises(ConfigError, match="HF_QUANT_KERNEL='fast'"):
+        select(layer())
+
+
+def test_argument_wins_over_environment_wins_over_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert select(layer(dtype=torch.float32)).kernel.name == "reference"
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
+    by_environment = select(layer())
+    assert by_environment.kernel.name == "reference"
+    assert "HF_QUANT_KERNEL=reference" in by_environment.reason
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "bitsandbytes")
+    by_argument = select(layer(), "reference")
+    assert by_argument.kernel.name == "reference"
+    assert "asked for" in by_argument.reason
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "")
+    assert select(layer(dtype=torch.float32)).kernel.name == "reference"
+
+
+def test_auto_writes_down_why_it_passed_over_a_kernel() -> None:
+    selection = select(layer(dtype=torch.float32))
+    assert selection.kernel.name == "reference"
+    assert selection.reason.startswith("int4 sym g32, float32 activations: ")
+    assert "not cpu: in float32 torch's int4 and int8 ops are slower" in selection.reason
+    assert "\n" not in selection.reason
+
+
+@pytest.mark.parametrize("origin", ["argument", "environment"])
+def test_forced_kernel_that_cannot_run_names_kernel_scheme_reason_and_way_out(
+    origin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if origin == "environment":
+        monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "cpu")
+    with pytest.raises(KernelError) as error:
+        select(layer(Scheme(bits=8, group_size=64), dtype=torch.float32), "cpu" if origin == "argument" else "auto")
+    for part in ("cpu cannot run int8 sym g64 [128, 128], float32 activations on cpu", "slower"):
+        assert part in error.value.problem
+    assert ("HF_QUANT_KERNEL=cpu" in error.value.problem) == (origin == "environment")
+    assert "reference can run it" in error.value.fix
+
+
+def test_group_that_does_not_divide_is_refused_by_every_kernel() -> None:
+    with pytest.raises(KernelError) as error:
+        select(layer(Scheme(group_size=48)), "reference")
+    assert "groups of 48 do not divide rows of 128" in error.value.problem
+    assert "no other kernel" in error.value.fix
+    with pytest.raises(KernelError, match="no kernel runs int4 sym g48"):
+        select(layer(Scheme(group_size=48)))
+
+
+def test_relayout_can_be_forbidden() -> None:
+    spec = layer(dtype=torch.float16)
+    assert select(spec, allow_relayout=False).kernel.name == "reference"
+    assert not select(spec, allow_relayout=False).kernel.relayouts
+    with pytest.raises(KernelError, match="changes the layout"):
+        select(spec, "cpu", allow_relayout=False)
+
+
+def test_unknown_device_runs_on_the_reference() -> None:
+    spec = LayerSpec(Scheme(group_size=32), 64, 64, "xpu", torch.bfloat16)
+    assert select(spec).kernel.name == "reference"
+
+
+def test_importing_the_registry_imports_no_kernel() -> None:
+    code = (
+        "import sys, torch\n"
+        "from hf_quant.kernels import registry\n"
+        "from hf_quant.grids import Scheme\n"
+        "assert not [m for m in sys.modules if m.startswith(('bitsandbytes', 'hf_quant.kernels.cpu'))]\n"
+        "spec = registry.LayerSpec(Scheme(), 64, 64, 'cpu', torch.float32)\n"
+        "assert registry.select(spec).kernel.name == 'reference'\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+    )
+    # without the package's own __init__, which imports transformers, and that looks for bitsandbytes by itself
+    code = "import sys, types, pathlib\n" + _WITHOUT_PACKAGE_INIT + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+_WITHOUT_PACKAGE_INIT = (
+    "import importlib.util\n"
+    "package = types.ModuleType('hf_quant')\n"
+    "package.__path__ = [str(pathlib.Path(importlib.util.find_spec('hf_quant').origin).parent)]\n"
+    "sys.modules['hf_quant'] = package\n"
+)
