@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -143,6 +144,37 @@ def make_plan(model: nn.Module, config: HfQuantConfig) -> Plan:
     return plan
 
 
+def plan_of_checkpoint(model: nn.Module, schemes: Mapping[str, Scheme], format_name: str, scale_dtype: str) -> Plan:
+    """The plan that a quantized checkpoint was made by, as far as its files tell: what is quantized, and how.
+
+    Args:
+        model: its float skeleton.
+        schemes: module name -> scheme of what is quantized.
+        format_name: ``compressed-tensors`` or ``bitsandbytes``.
+        scale_dtype: of the stored scales.
+    """
+    tied = _tied(model)
+    layers: list[PlannedLayer] = []
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}" if name else leaf
+            if leaf != "weight" or not is_linear(module):
+                layers.append(_plan_other(full, leaf, module, parameter, tied))
+                continue
+            layer, scheme = _float_linear(name, module), schemes.get(name)
+            note = "" if scheme else "stored in float"
+            layers.append(replace(layer, scheme=scheme, rule="as the checkpoint has it", note=note))
+    return _with_bytes(
+        Plan(
+            architecture=type(model).__name__,
+            model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
+            format=format_name,
+            scale_dtype=scale_dtype,
+            layers=tuple(layers),
+        )
+    )
+
+
 def is_linear(module: nn.Module) -> bool:
     """Layers whose weight is only ever used by calling them: ``nn.Linear`` itself and GPT-2's transposed ``Conv1D``."""
     return type(module) is nn.Linear or type(module) is Conv1D
@@ -240,12 +272,17 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return dict(tied) if isinstance(tied, dict) else {}
 
 
-def _plan_linear(name: str, module: nn.Module, rules: _Rules, tied: dict[str, str]) -> PlannedLayer:
+def _float_linear(name: str, module: nn.Module) -> PlannedLayer:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     kind = "Conv1D" if type(module) is Conv1D else "Linear"
     rows, columns = (weight.shape[1], weight.shape[0]) if kind == "Conv1D" else (weight.shape[0], weight.shape[1])
-    layer = PlannedLayer(name, kind, (rows, columns), None, "", "", "", weight.numel() * weight.element_size(), 0)
+    return PlannedLayer(name, kind, (rows, columns), None, "", "", "", weight.numel() * weight.element_size(), 0)
+
+
+def _plan_linear(name: str, module: nn.Module, rules: _Rules, tied: dict[str, str]) -> PlannedLayer:
+    layer = _float_linear(name, module)
+    columns = layer.shape[1]
     partner = tied.get(f"{name}.weight") or next((k for k, v in tied.items() if v == f"{name}.weight"), None)
     if partner is not None:
         if name in rules.config.overrides and rules.config.override(name) is not None:
@@ -330,12 +367,30 @@ def _planned_bytes(layer: PlannedLayer, plan: Plan) -> int:
     groups = scheme.groups(columns)
     if plan.format == "bitsandbytes":
         scales = rows * groups
-        header = 16 * 4 + 120  # quant_map and the json state
+        header = 16 * 4 + _state_bytes(layer, scheme, plan.scale_dtype)  # quant_map and the quant_state
         nested = scales + 4 * math.ceil(scales / DOUBLE_QUANT_BLOCK) + 256 * 4
         return rows * columns // 2 + (nested if scheme.double_quant else 4 * scales) + header
     codes = rows * 4 * math.ceil(columns * scheme.bits / 32)
     zeros = 0 if scheme.symmetric else 4 * math.ceil(rows * scheme.bits / 32) * groups
     return codes + rows * groups * getattr(torch, plan.scale_dtype).itemsize + zeros + 2 * 8
+
+
+def _state_bytes(layer: PlannedLayer, scheme: Scheme, scale_dtype: str) -> int:
+    """Length of the json in which bitsandbytes describes a weight (its mean scale has a varying number of digits)."""
+    half = scale_dtype if scale_dtype != "float32" else "bfloat16"
+    state: dict[str, object] = {
+        "quant_type": scheme.grid,
+        "blocksize": scheme.group(layer.shape[1]),
+        "dtype": "float32" if layer.float_bytes == 4 * layer.numel else half,
+        "shape": list(layer.shape),
+    }
+    if scheme.double_quant:
+        state |= {
+            "nested_blocksize": DOUBLE_QUANT_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": 0.0123456789012345,
+        }
+    return len(json.dumps(state))
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:

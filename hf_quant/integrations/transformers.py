@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -26,12 +26,13 @@ from hf_quant.config import QUANT_METHOD, HfQuantConfig
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, KernelError
 from hf_quant.formats import FORMATS, Format, bitsandbytes, compressed_tensors
 from hf_quant.grids import Scheme
+from hf_quant.integrations.conversions import Decode, Quantize, is_ours
+from hf_quant.integrations.stored import StoredModule, scale_dtype, stored_modules
 from hf_quant.kernels import registry
 from hf_quant.nn.linear import QuantLinear
 from hf_quant.nn.swap import float_shape, put_empty, put_float, quantized_modules
-from hf_quant.plan import Plan, is_linear, make_plan
+from hf_quant.plan import Plan, is_linear, make_plan, plan_of_checkpoint
 from hf_quant.provenance import KEY, make_provenance
-from hf_quant.quantize.weight import quantize_weight
 
 logger = logging.getLogger("hf_quant")
 RUNTIME_VARIABLE = "HF_QUANT_RUNTIME"
@@ -62,11 +63,7 @@ class PublishedConfig(QuantizationConfigMixin):
 
 
 class _Runtime(HfQuantizer):
-    """What both quantizers share: layers to swap, errors that survive transformers' loader, saving, expanding.
-
-    transformers collects the exceptions of weight conversions into a report and raises a RuntimeError of its own. So a
-    conversion that fails is noted here, the remaining ones do nothing, and the typed error is raised after loading.
-    """
+    """What both quantizers share: layers to swap, errors that survive transformers' loader, saving, expanding."""
 
     requires_calibration = False
 
@@ -88,9 +85,17 @@ class _Runtime(HfQuantizer):
                 "quantize with `hf_quant.quantize(model, config, output_dir)` first, then load the result.",
             )
 
-    def _check_files(self, model: nn.Module, checkpoint_files: list[str] | None) -> None:
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        # the first hook that knows the directory: without a dtype in config.json, transformers reads one from a shard
+        # that it finds through the index, before the model exists
+        name = getattr(config, "name_or_path", "")
+        if name and any(Path(name).glob("*.safetensors*")):
+            self._check_files(config, None)
+        return super().update_attn_implementation(config)
+
+    def _check_files(self, config: PretrainedConfig, checkpoint_files: list[str] | None) -> None:
         """Validate index and headers before transformers opens a shard (it joins the index's names unchecked)."""
-        name = getattr(getattr(model, "config", None), "name_or_path", "")
+        name = getattr(config, "name_or_path", "")
         if name and Path(name).is_dir():
             directory = Path(name)
         elif checkpoint_files:
@@ -105,7 +110,7 @@ class _Runtime(HfQuantizer):
             raise self.failure
         conversions = getattr(model, "_weight_conversions", None) or []
         # our own conversions are undone by get_state_dict_and_metadata, with names that transformers cannot revert
-        model._weight_conversions = [c for c in conversions if not _is_ours(c)]  # type: ignore[assignment]
+        model._weight_conversions = [c for c in conversions if not is_ours(c)]  # type: ignore[assignment]
         if getattr(self.quantization_config, "dequantize", False):
             put_float(model, self._dtype(model))
             self.remove_quantization_config(model)
@@ -115,6 +120,7 @@ class _Runtime(HfQuantizer):
         return model
 
     def note(self, error: HfQuantError) -> None:
+        """Keep the first error of a conversion, to be raised after loading."""
         if self.failure is None:
             self.failure = error
 
@@ -158,8 +164,8 @@ class HfQuantQuantizer(_Runtime):
 
     quantization_config: HfQuantConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        self._check_files(model, kwargs.get("checkpoint_files"))
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self._check_files(model.config, kwargs.get("checkpoint_files"))
         self.plan = make_plan(model, self.quantization_config)
         self.format_name = self.plan.format
         schemes = {layer.name: layer.scheme for layer in self.plan.quantized if layer.scheme}
@@ -174,169 +180,105 @@ class HfQuantQuantizer(_Runtime):
         return not self.pre_quantized and isinstance(module, QuantLinear) and leaf == "weight"
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        return Quantize(self)
 
     def method(self, name: str) -> str:
         return self._methods[name]
 
 
-class _Quantize(ConversionOps):
-    """One float weight -> the parameters of its QuantLinear."""
-
-    def __init__(self, hf_quantizer: HfQuantQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    @torch.no_grad()
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str | None = None,
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        assert model is not None
-        result: dict[str, torch.Tensor] = {}
-        for key, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            layer, _ = get_module_from_name(model, key)
-            name = key.removesuffix(".weight")
-            if self.hf_quantizer.failure is None:
-                try:
-                    result |= self._quantize(layer, name, weight)
-                    continue
-                except HfQuantError as error:
-                    self.hf_quantizer.note(error)
-            result |= _placeholders(layer, name, weight.device)
-        return result
-
-    def _quantize(self, layer: QuantLinear, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        plan = self.hf_quantizer.plan
-        assert plan is not None
-        tensor = quantize_weight(
-            weight.t() if layer.transposed_source else weight,
-            layer.scheme,
-            self.hf_quantizer.method(name),
-            scale_dtype=getattr(torch, plan.scale_dtype),
-            name=name,
-        )
-        return {f"{name}.{leaf}": parameter for leaf, parameter in layer.named_tensors(tensor).items()}
-
-
-class _StockRuntime(_Runtime):
+class StockRuntime(_Runtime):
     """A checkpoint in a stock format, kept packed on our kernels."""
 
-    def __init__(self, quantization_config: QuantizationConfigMixin, format_name: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        quantization_config: QuantizationConfigMixin,
+        format_name: str,
+        stock: Callable[..., HfQuantizer],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(quantization_config, **kwargs)
         self.format_name = format_name
+        self.stock = stock
         self.serialized_names = {"weight": list(self.format.SUFFIXES)}
         # through JSON, because stock config classes hold enums and tuples where the file holds text and lists
-        self.published = json.loads(json.dumps(quantization_config.to_dict()))
-        self.resolver = self.format.read_config(self.published)
+        self.resolver = self.format.read_config(json.loads(json.dumps(quantization_config.to_dict())))
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        self._check_files(model, kwargs.get("checkpoint_files"))
-        schemes: dict[str, Scheme] = {}
-        shapes = _stored_shapes(kwargs.get("checkpoint_files")) if self.format_name == bitsandbytes.NAME else {}
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        self._check_files(model.config, files)
+        stored = stored_modules(model, files, self.format.SUFFIXES)
+        try:
+            schemes = self._schemes(model, stored)
+        except FormatError as error:
+            if hasattr(model.config, KEY):
+                raise  # a checkpoint of ours is damaged
+            logger.info("%s left to its stock quantizer: %s", model.config.name_or_path, error.problem)
+            self._hand_over(model, **kwargs)
+            return
+        dtype = self._dtype(model, kwargs.get("dtype"))
+        scales = scale_dtype((stored or {}).values(), compressed_tensors.SCALE) or dtype
+        self.plan = plan_of_checkpoint(model, schemes, self.format_name, str(scales).removeprefix("torch."))
+        put_empty(model, schemes, scales, _kernel.get())
+
+    def _hand_over(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        stock = self.stock(self.quantization_config, pre_quantized=self.pre_quantized)
+        # only the headers told that we cannot run this checkpoint, and by now transformers holds this object
+        self.__class__, self.__dict__ = type(stock), vars(stock)
+        stock.validate_environment(device_map=kwargs.get("device_map"), weights_only=True)
+        stock._process_model_before_weight_loading(model, **kwargs)
+
+    def _schemes(self, model: nn.Module, stored: Mapping[str, StoredModule] | None) -> dict[str, Scheme]:
+        found: dict[str, Scheme] = {}
         for name, module in model.named_modules():
-            if not name or not is_linear(module):
-                continue
-            rows, columns = float_shape(module)
-            if shapes:
-                scheme = bitsandbytes.scheme_from_shapes(_of_module(shapes, name), columns, rows, name=name)
-            else:
-                scheme = self.resolver(name, columns, rows, (type(module).__name__,))
+            scheme = self._scheme(name, module, stored) if name and is_linear(module) else None
             if scheme is not None:
-                schemes[name] = scheme
-        put_empty(model, schemes, self._dtype(model, kwargs.get("dtype")), _kernel.get())
+                found[name] = scheme
+        return found
+
+    def _scheme(self, name: str, module: nn.Module, stored: Mapping[str, StoredModule] | None) -> Scheme | None:
+        """The file says whether a module is packed (a new head is not), the config how.
+
+        Raises:
+            FormatError: the two disagree, or a layout that our kernels do not hold.
+        """
+        rows, columns = float_shape(module)
+        kinds = (type(module).__name__,)
+        if stored is None:
+            return self.resolver(name, columns, rows, kinds)
+        found = stored.get(name)
+        if found is None or not found.is_packed:
+            return None
+        if self.format_name == bitsandbytes.NAME:
+            return bitsandbytes.scheme_from_shapes(found.shapes, columns, rows, name=name)
+        scheme = self.resolver(name, columns, rows, kinds) or self.resolver(found.name, columns, rows, kinds)
+        if scheme is None:
+            raise FormatError(
+                f"{found.name} is packed, but the quantization_config leaves it in float.",
+                "the config and the files belong to different checkpoints.",
+            )
+        return scheme
 
     def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": _Decode}
-
-
-class _Decode(ConversionOps):
-    """The stored tensors of one module -> the parameters of its QuantLinear."""
-
-    def __init__(self, hf_quantizer: _StockRuntime) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str | None = None,
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        assert model is not None and full_layer_name is not None
-        tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
-        layer, leaf = get_module_from_name(model, full_layer_name)
-        if not isinstance(layer, QuantLinear):
-            # a float weight whose name matches the format's own `weight`: cast as transformers would have done
-            value = next(iter(tensors.values()))
-            target = getattr(layer, leaf).dtype
-            return {full_layer_name: value.to(target) if value.is_floating_point() else value}
-        name = full_layer_name.removesuffix(f".{leaf}")
-        if self.hf_quantizer.failure is None:
-            try:
-                tensor = self.hf_quantizer.format.decode(tensors, layer.scheme, name=name)
-                return {f"{name}.{leaf}": parameter for leaf, parameter in layer.named_tensors(tensor).items()}
-            except HfQuantError as error:
-                self.hf_quantizer.note(error)
-        return _placeholders(layer, name, next(iter(tensors.values())).device)
-
-
-def _placeholders(layer: QuantLinear, name: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """Uninitialised parameters for a load that has failed already."""
-    named = {leaf: p for leaf, p in layer._parameters.items() if p is not None and leaf != "bias"}
-    return {
-        f"{name}.{leaf}": nn.Parameter(torch.empty_like(p, device=device), requires_grad=False)
-        for leaf, p in named.items()
-    }
-
-
-def _is_ours(conversion: object) -> bool:
-    operations = conversion.operations if isinstance(conversion, WeightConverter) else []
-    return any(isinstance(operation, _Decode) for operation in operations)
-
-
-def _stored_shapes(checkpoint_files: list[str] | None) -> dict[str, tuple[int, ...]]:
-    from safetensors import safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in checkpoint_files or []:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                shapes[key] = tuple(file.get_slice(key).get_shape())
-    return shapes
-
-
-def _of_module(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
-    """suffix -> shape of one module; a checkpoint may lack or carry the base model's prefix."""
-    candidates = [name, name.partition(".")[2], *(p for p in (f"model.{name}", f"transformer.{name}"))]
-    for candidate in candidates:
-        found = {s: shapes[f"{candidate}.{s}"] for s in bitsandbytes.SUFFIXES if f"{candidate}.{s}" in shapes}
-        if found:
-            return found
-    return {}
+        return {"deserialize": Decode}
 
 
 def publish(model: PreTrainedModel, quantizer: _Runtime) -> None:
     """Give a quantized model the config that describes it to stock loaders, and its provenance."""
-    config = model.config
-    if quantizer.plan is not None and isinstance(quantizer.quantization_config, HfQuantConfig):
+    config, plan = model.config, quantizer.plan
+    assert plan is not None
+    if isinstance(quantizer.quantization_config, HfQuantConfig):
         source = getattr(config, "_name_or_path", None) or None
-        provenance = make_provenance(
-            quantizer.plan, quantizer.quantization_config, source, getattr(config, "_commit_hash", None)
-        )
-        setattr(config, KEY, provenance)
-        try:
-            published = quantizer.format.quantization_config(quantizer.plan, dtype=_Runtime._dtype(model))
-        except FormatError as error:
-            # it runs, but it cannot be saved as it is: is_serializable() says so before anything is written
-            logger.info("this model cannot be saved: %s", error)
-            published = {"quant_method": QUANT_METHOD}
-        config.quantization_config = PublishedConfig(published)
-    else:
-        config.quantization_config = PublishedConfig(getattr(quantizer, "published", {}))
+        revision = getattr(config, "_commit_hash", None)
+        setattr(config, KEY, make_provenance(plan, quantizer.quantization_config, source, revision))
+    try:
+        # written anew for a checkpoint that was loaded, too: its config class keeps neither our marker nor, for a model
+        # of another class, the right names
+        published = quantizer.format.quantization_config(plan, dtype=_Runtime._dtype(model))
+    except FormatError as error:
+        # it runs, but it cannot be saved as it is: is_serializable() says so before anything is written
+        logger.info("this model cannot be saved: %s", error)
+        published = {"quant_method": QUANT_METHOD}
+    config.quantization_config = PublishedConfig(published)
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
 
@@ -371,7 +313,7 @@ def _dispatch(method: str) -> Callable[..., HfQuantizer]:
     def make(quantization_config: QuantizationConfigMixin, **kwargs: Any) -> HfQuantizer:
         if kwargs.get("pre_quantized", True) and not getattr(quantization_config, "dequantize", False):
             try:
-                return _StockRuntime(quantization_config, format_name, **kwargs)
+                return StockRuntime(quantization_config, format_name, stock, **kwargs)
             except FormatError as error:
                 logger.info("%s checkpoint left to its stock quantizer: %s", method, error.problem)
         found: HfQuantizer = stock(quantization_config, **kwargs)
