@@ -83,10 +83,7 @@ def quantize(
         check_output(Path(output_dir), overwrite)
     source: str | None = None
     if isinstance(model, nn.Module):
-        quantized = _quantize_in_memory(model, config)
-        if device is not None:
-            quantized.to(device)
-            prepare(quantized)
+        quantized = _quantize_in_memory(model, config, device)
     else:
         source = os.fspath(model)
         quantized = _quantize_on_load(
@@ -135,9 +132,7 @@ def save(
             tokenizer.save_pretrained(directory)
         if side_files is not None and Path(side_files).is_dir():
             copy_side_files(Path(side_files), directory)
-        plan = getattr(model.hf_quantizer, "plan", None)
-        rows = plan_rows(plan) if plan is not None else _recorded_rows(model)
-        write_manifest(directory, getattr(model.config, KEY, {}), rows)
+        write_manifest(directory, getattr(model.config, KEY, {}), _plan_rows(model))
     return output
 
 
@@ -189,7 +184,7 @@ def inspect_model(model: nn.Module) -> list[LayerReport]:
     return reports
 
 
-def _quantize_in_memory(model: nn.Module, config: HfQuantConfig) -> PreTrainedModel:
+def _quantize_in_memory(model: nn.Module, config: HfQuantConfig, device: str | torch.device | None) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"{type(model).__name__} is not a transformers model.", "pass a PreTrainedModel or a path.")
     if getattr(model, "hf_quantizer", None) is not None:
@@ -199,9 +194,9 @@ def _quantize_in_memory(model: nn.Module, config: HfQuantConfig) -> PreTrainedMo
     tensors = {}
     for layer in plan.quantized:
         assert layer.scheme is not None
-        weight = model.get_parameter(f"{layer.name}.weight").detach()
+        weight = model.get_parameter(f"{layer.name}.weight").detach().to(device)
         tensors[layer.name] = quantize_weight(
-            weight.t() if layer.kind == "Conv1D" else weight,
+            weight.t().contiguous() if layer.kind == "Conv1D" else weight,
             layer.scheme,
             layer.method,
             scale_dtype=getattr(torch, plan.scale_dtype),
@@ -212,6 +207,8 @@ def _quantize_in_memory(model: nn.Module, config: HfQuantConfig) -> PreTrainedMo
     quantizer = HfQuantQuantizer(config, pre_quantized=False)
     quantizer.plan, quantizer.format_name = plan, plan.format
     model.hf_quantizer = quantizer
+    if device is not None:
+        model.to(device)
     publish(model, quantizer)
     prepare(model)
     return model
@@ -256,7 +253,12 @@ def _from_pretrained(
     return model
 
 
-def _recorded_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """The plan in the manifest that a re-loaded model came with."""
+def _plan_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The plan for the manifest; a re-loaded model's own manifest says more than can be read from its files."""
+    rows = plan_rows(model.hf_quantizer.plan)
     source = Path(getattr(model.config, "_name_or_path", "") or "")
-    return list(read_manifest(source).plan) if (source / MANIFEST_FILE).is_file() else []
+    if isinstance(model.hf_quantizer, HfQuantQuantizer) or not (source / MANIFEST_FILE).is_file():
+        return rows
+    recorded = list(read_manifest(source).plan)
+    same = {row["name"]: row["label"] for row in rows} == {row.get("name"): row.get("label") for row in recorded}
+    return recorded if same else rows

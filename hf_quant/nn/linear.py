@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,14 @@ from hf_quant.tensor import DoubleQuant, QuantizedTensor
 # Layouts change in place, so only one thread may do it; layers are prepared once, so one lock for all is enough.
 _PREPARE = threading.Lock()
 _NESTED = ("weight_scale_absmax", "weight_scale_offset", "weight_scale_table")
+
+
+class _Ready(NamedTuple):
+    """A weight in the layout of the kernel that runs it."""
+
+    selection: registry.Selection
+    spec: registry.LayerSpec
+    prepared: registry.Prepared
 
 
 class QuantLinear(nn.Module):
@@ -61,9 +69,8 @@ class QuantLinear(nn.Module):
         self.scheme = scheme
         self.kernel_request = registry.check_name(kernel)
         self.transposed_source = False  # the float layer was a Conv1D, whose weight is [in, out]
-        self._selection: registry.Selection | None = None
-        self._spec: registry.LayerSpec | None = None
-        self._prepared: registry.Prepared | None = None
+        # one attribute, so that a thread never sees the kernel of one call with the layout of another
+        self._ready: _Ready | None = None
 
         groups = scheme.groups(in_features)
         width = in_features if scheme.bits == 8 else (in_features + 1) // 2
@@ -134,10 +141,8 @@ class QuantLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight in the canonical packing, bit for bit what was loaded or assigned."""
-        if self._prepared is not None and self._selection is not None and self._spec is not None:
-            packed = self._selection.kernel.restore(self._prepared, self._spec)
-        else:
-            packed = self.weight.data
+        ready = self._ready
+        packed = self.weight.data if ready is None else ready.selection.kernel.restore(ready.prepared, ready.spec)
         nested, scale = None, None
         if self.scheme.double_quant:
             absmax, offset, table = (getattr(self, name).data for name in _NESTED)
@@ -159,15 +164,19 @@ class QuantLinear(nn.Module):
         Raises:
             KernelError: a kernel was asked for by name that cannot run this layer.
         """
+        return self._prepare(dtype).selection
+
+    def _prepare(self, dtype: torch.dtype) -> _Ready:
         with _PREPARE:
             spec = registry.LayerSpec(self.scheme, self.out_features, self.in_features, self.weight.device.type, dtype)
-            if self._prepared is None or self._spec != spec or self._selection is None:
+            ready = self._ready
+            if ready is None or ready.spec != spec:
                 self._restore()
                 selection = registry.select(spec, self.kernel_request, allow_relayout=not self._is_offloaded())
                 prepared = selection.kernel.prepare(self.quantized(), spec)
                 self.weight.data = prepared.weight
-                self._selection, self._spec, self._prepared = selection, spec, prepared
-            return self._selection
+                self._ready = ready = _Ready(selection, spec, prepared)
+            return ready
 
     def release(self) -> None:
         """Bring the weight back into the canonical packing; the next forward pass prepares it again."""
@@ -176,11 +185,12 @@ class QuantLinear(nn.Module):
 
     def forget(self) -> None:
         """Drop what a kernel prepared, without restoring it: the parameters are about to be replaced."""
-        self._selection = self._spec = self._prepared = None
+        self._ready = None
 
     def _restore(self) -> None:
-        if self._prepared is not None and self._selection is not None and self._spec is not None:
-            self.weight.data = self._selection.kernel.restore(self._prepared, self._spec)
+        ready = self._ready
+        if ready is not None:
+            self.weight.data = ready.selection.kernel.restore(ready.prepared, ready.spec)
         self.forget()
 
     def _is_offloaded(self) -> bool:
@@ -190,24 +200,21 @@ class QuantLinear(nn.Module):
     @property
     def kernel_name(self) -> str | None:
         """The kernel that runs this layer, once it is chosen (at load, or at the first call)."""
-        return None if self._selection is None else self._selection.kernel.name
+        return None if self._ready is None else self._ready.selection.kernel.name
 
     @property
     def kernel_reason(self) -> str | None:
         """Why that kernel, in one line."""
-        return None if self._selection is None else self._selection.reason
+        return None if self._ready is None else self._ready.selection.reason
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in]`` -> ``[..., out]`` in ``x.dtype``."""
-        prepared, spec, selection = self._prepared, self._spec, self._selection
-        if self._is_offloaded():
-            self.forget()
-            prepared = None
-        if prepared is None or spec is None or selection is None or spec.dtype != x.dtype:
-            selection = self.prepare(x.dtype)
-            prepared, spec = self._prepared, self._spec
-            assert prepared is not None and spec is not None
-        return selection.kernel.linear(x, prepared, spec, self.bias)
+        ready = self._ready
+        if ready is None or ready.spec.dtype != x.dtype or self._is_offloaded():
+            if self._is_offloaded():
+                self.forget()
+            ready = self._prepare(x.dtype)
+        return ready.selection.kernel.linear(x, ready.prepared, ready.spec, self.bias)
 
     # --- copies, moves, state dicts: always in the canonical packing -------------------------------------------------
 
@@ -227,7 +234,7 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._prepared is not None:
+        if self._ready is not None:
             destination[f"{prefix}weight"] = self.quantized().packed
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -236,10 +243,10 @@ class QuantLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        if self._prepared is not None:
+        if self._ready is not None:
             state["_parameters"] = dict(self._parameters)
             state["_parameters"]["weight"] = nn.Parameter(self.quantized().packed, requires_grad=False)
-            state["_selection"] = state["_spec"] = state["_prepared"] = None
+            state["_ready"] = None
         return state
 
     def extra_repr(self) -> str:
