@@ -153,7 +153,12 @@ class _Entry:
 # In order of preference: automatic selection takes the first one that wants the layer and can run it.
 _ENTRIES: tuple[_Entry, ...] = (
     _Entry("cpu", "hf_quant.kernels.cpu:CpuKernel", lambda spec: spec.device == "cpu"),
-    _Entry("bitsandbytes", "hf_quant.kernels.bitsandbytes:BitsAndBytesKernel", lambda spec: spec.device == "cuda"),
+    # on CPU its NF4/FP4 dequantization is native code, 1.3 to 4 times faster than the reference for few rows
+    _Entry(
+        "bitsandbytes",
+        "hf_quant.kernels.bitsandbytes:BitsAndBytesKernel",
+        lambda spec: spec.device == "cuda" or (spec.device == "cpu" and spec.scheme.grid != "int"),
+    ),
     _Entry("reference", "hf_quant.kernels.reference:ReferenceKernel", lambda spec: True),
 )
 

@@ -99,6 +99,23 @@ def test_relayout_can_be_forbidden() -> None:
         select(spec, "cpu", allow_relayout=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_table_grids_run_on_bitsandbytes_where_it_is_installed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = registry.get("bitsandbytes")
+    monkeypatch.setattr(kernel, "unsupported", lambda spec: None)
+    monkeypatch.setattr(registry.get("cpu"), "_widened", ())
+    spec = layer(Scheme("nf4", group_size=64), dtype=dtype)
+    monkeypatch.setattr(kernel, "unavailable", lambda: None)
+    assert select(spec).kernel is kernel
+    monkeypatch.setattr(kernel, "unavailable", lambda: "the package is not there")
+    fallback = select(spec)
+    assert fallback.kernel.name == "reference"
+    assert "not bitsandbytes: the package is not there" in fallback.reason
+    assert select(layer(dtype=torch.float32)).reason.count("not bitsandbytes") == 0, "int grids never ask for it on CPU"
+
+
 def test_unknown_device_runs_on_the_reference() -> None:
     spec = LayerSpec(Scheme(group_size=32), 64, 64, "xpu", torch.bfloat16)
     assert select(spec).kernel.name == "reference"

@@ -1,0 +1,386 @@
+"""Time every kernel beside dense F.linear, dequantize + F.linear and torch's own int4/int8 ops, on this machine's CPU.
+
+usage: python scripts/bench_kernels.py [--shapes 2048x2048,576x576] [--rows 1,8,64,512] [--schemes int4-sym-g64,nf4-g64]
+                                       [--dtypes bfloat16,float32] [--seconds 0.5] [--json FILE] [--markdown]
+       python scripts/bench_kernels.py --crossover      (up to how many rows torch's ops win; sets the limits of `cpu`)
+
+Every contender of a cell is called in turn, so that a busy machine is unfair to none. Each rotates over copies of its
+weight that together exceed 256 MB, so that weights come from memory as they do in a model. Columns: median and best
+time of a call, speed against dense F.linear, and GB/s of weight, scales and zeros read, beside the read bandwidth
+measured in the same run. What is too slow to repeat (an op whose product would take more than --patience) is left out,
+and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+
+from hf_quant.grids import PER_CHANNEL, Scheme
+from hf_quant.kernels import cpu, int4pack, registry
+from hf_quant.kernels.registry import LayerSpec, Prepared
+from hf_quant.tensor import QuantizedTensor
+
+ROTATE_BYTES = 256 << 20
+BANDWIDTH_BYTES = 768 << 20
+SCHEMES = "int4-sym-g64,int4-asym-g64,int8-sym-g64,int8-sym-channel,nf4-g64"
+SHAPES = "576x576,2048x2048,8192x2048,2048x8192"
+Call = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender in one cell; times in microseconds, None when it was too slow to run."""
+
+    shape: tuple[int, int]
+    rows: int
+    dtype: str
+    scheme: str
+    contender: str
+    note: str
+    read_bytes: int
+    calls: int
+    median_us: float | None
+    best_us: float | None
+    speed: float | None
+
+    @property
+    def gigabytes(self) -> float | None:
+        return None if self.median_us is None else self.read_bytes / self.median_us / 1e3
+
+
+@dataclass
+class Contender:
+    """One way to multiply; ``call(i)`` uses the i-th copy of the weight. Not ``patient``: checked before it is run."""
+
+    name: str
+    note: str
+    read_bytes: int
+    call: Call
+    patient: bool = True
+
+
+def parse_scheme(text: str) -> Scheme:
+    """``int4-asym-g64``, ``int8-sym-channel``, ``nf4-g64``."""
+    parts = text.split("-")
+    group = PER_CHANNEL if parts[-1] == "channel" else int(parts[-1].removeprefix("g"))
+    if parts[0] == "nf4":
+        return Scheme("nf4", group_size=group)
+    if parts[0] == "fp4":
+        return Scheme("fp4", group_size=group)
+    return Scheme("int", int(parts[0].removeprefix("int")), parts[1] == "sym", group)
+
+
+def make(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype) -> QuantizedTensor:
+    """Random codes, scales of 0.01-0.02, zero points near the middle as real weights have."""
+    out, columns = shape
+    groups, middle = scheme.groups(columns), 1 << (scheme.bits - 1)
+    codes = torch.randint(0, 1 << scheme.bits, shape, dtype=torch.uint8)
+    scale = (torch.rand(out, groups) * 0.01 + 0.01).to(scale_dtype if scheme.grid == "int" else torch.float32)
+    zero = None if scheme.symmetric else torch.randint(middle - 2, middle + 3, (out, groups), dtype=torch.uint8)
+    return QuantizedTensor.from_codes(codes, scale, zero, scheme)
+
+
+def copies(nbytes: int) -> int:
+    """How many copies of a weight exceed the caches together."""
+    return max(2, -(-ROTATE_BYTES // nbytes))
+
+
+def contenders(tensor: QuantizedTensor, dtype: torch.dtype) -> Iterator[Callable[[torch.Tensor], Contender]]:
+    """For each way to multiply, a function that makes it for given rows of x. Weights are copied once, here."""
+    out, columns = tensor.shape
+    spec = LayerSpec(tensor.scheme, out, columns, "cpu", dtype)
+    weight = tensor.dequantize(dtype)
+    dense = [weight.clone() for _ in range(copies(weight.nbytes))]
+    yield lambda x: Contender(
+        "dense F.linear", "", weight.nbytes, lambda i: functional.linear(x, dense[i % len(dense)])
+    )
+
+    packed = [tensor.to("cpu") for _ in range(copies(tensor.nbytes))]
+    packed = [replace(one, packed=one.packed.clone()) for one in packed]
+    yield lambda x: Contender(
+        "dequantize + F.linear",
+        "QuantizedTensor.dequantize",
+        tensor.nbytes,
+        lambda i: functional.linear(x, packed[i % len(packed)].dequantize(dtype)),
+    )
+
+    op = torch_op(tensor, dtype)
+    if op is not None:
+        title, weights, product, nbytes = op
+        yield lambda x: Contender(title, "", nbytes, lambda i: product(x, weights[i % len(weights)]), False)
+
+    for name in registry.names():
+        kernel = registry.get(name)
+        if registry.refusal(kernel, spec) is None:
+            yield kernel_contender(kernel, tensor, spec)
+
+
+def kernel_contender(
+    kernel: registry.Kernel, tensor: QuantizedTensor, spec: LayerSpec
+) -> Callable[[torch.Tensor], Contender]:
+    """A kernel of the registry, marked when automatic selection takes it."""
+    first = kernel.prepare(tensor, spec)
+    nbytes = first.weight.nbytes + sum(extra.nbytes for key, extra in first.extras.items() if key != "pairs")
+    prepared = [
+        Prepared(first.weight.clone(), {key: extra.clone() for key, extra in first.extras.items()})
+        for _ in range(copies(first.weight.nbytes))
+    ]
+    chosen = registry.select(spec).kernel is kernel
+    return lambda x: Contender(
+        f"kernel {kernel.name}{' (auto)' if chosen else ''}",
+        kernel.describe(spec),
+        nbytes,
+        lambda i: kernel.linear(x, prepared[i % len(prepared)], spec),
+    )
+
+
+def torch_op(
+    tensor: QuantizedTensor, dtype: torch.dtype
+) -> tuple[str, list[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor], int] | None:
+    """torch's own product for this scheme, called bare: (name, rotating weights, product, bytes read)."""
+    scheme, (out, columns) = tensor.scheme, tensor.shape
+    if scheme.grid != "int" or tensor.scale is None:
+        return None
+    scale = tensor.scale.to(dtype)
+    group = scheme.group(columns)
+    if scheme.bits == 4 and group in (32, 64, 128, 256) and out % 16 == 0:
+        zero = torch.zeros_like(scale) if tensor.zero_point is None else (8 - tensor.zero_point.to(dtype)) * scale
+        both = torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()
+        one = torch.ops.aten._convert_weight_to_int4pack_for_cpu(tensor.codes().to(torch.int32), 1)
+        weights = [one.clone() for _ in range(copies(one.nbytes))]
+        op = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return "torch int4pack", weights, lambda x, w: op(x, w, group, both), one.nbytes + both.nbytes
+    if scheme.bits == 8 and scheme.symmetric and group == columns and columns % 16 == 0:
+        one = (tensor.packed ^ 128).view(torch.int8)
+        weights = [one.clone() for _ in range(copies(one.nbytes))]
+        flat, op = scale.reshape(-1).contiguous(), torch.ops.aten._weight_int8pack_mm
+        return "torch int8pack", weights, lambda x, w: op(x, w, flat), one.nbytes + flat.nbytes
+    return None
+
+
+def race(entries: list[Contender], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every call, contenders taking turns."""
+    times: dict[str, list[float]] = {entry.name: [] for entry in entries}
+    for entry in entries:
+        entry.call(0)
+    start, turn = time.perf_counter(), 1
+    while turn <= 3 or (time.perf_counter() - start < seconds * len(entries) and turn < 1000):
+        for entry in entries:
+            before = time.perf_counter()
+            entry.call(turn)
+            times[entry.name].append(time.perf_counter() - before)
+        turn += 1
+    return times
+
+
+def cell(
+    makers: list[Callable[[torch.Tensor], Contender]],
+    tensor: QuantizedTensor,
+    rows: int,
+    dtype: torch.dtype,
+    seconds: float,
+    patience: float,
+) -> list[Timing]:
+    """All contenders for one weight and one number of rows."""
+    one_row = torch.randn(1, tensor.shape[1]).to(dtype)
+    x = torch.randn(rows, tensor.shape[1]).to(dtype)
+    entries, dropped = [], []
+    for maker in makers:
+        probe = maker(one_row)
+        if not probe.patient:  # scalar code: time grows with the rows
+            probe.call(0)
+            before = time.perf_counter()
+            probe.call(1)
+            if (time.perf_counter() - before) * rows > patience:
+                dropped.append(probe)
+                continue
+        entries.append(maker(x))
+    with torch.inference_mode():
+        times = race(entries, seconds)
+    dense = statistics.median(times["dense F.linear"])
+
+    def timing(entry: Contender, values: list[float]) -> Timing:
+        median = statistics.median(values) if values else None
+        return Timing(
+            tensor.shape,
+            rows,
+            str(dtype).removeprefix("torch."),
+            tensor.scheme.label,
+            entry.name,
+            entry.note or ("" if values else f"left out: {rows} rows would take more than {patience:g} s"),
+            entry.read_bytes,
+            len(values),
+            None if median is None else median * 1e6,
+            min(values) * 1e6 if values else None,
+            None if median is None else dense / median,
+        )
+
+    return [timing(entry, times.get(entry.name, [])) for entry in entries + dropped]
+
+
+def bandwidth() -> float:
+    """GB/s of reading memory once (a sum over 768 MB), best of five."""
+    block = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64)
+    times = []
+    for _ in range(5):
+        before = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - before)
+    return BANDWIDTH_BYTES / min(times) / 1e9
+
+
+@contextmanager
+def row_limit(limit: int) -> Iterator[None]:
+    """Make the cpu kernel use torch's ops up to ``limit`` rows."""
+    names = ("INT4_ROWS", "INT8_ROWS", "PLANES_ROWS")
+    before = [getattr(cpu, name) for name in names]
+    try:
+        for name in names:
+            setattr(cpu, name, limit)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(cpu, name, value)
+
+
+def crossover(shapes: list[tuple[int, int]], schemes: list[Scheme], seconds: float, console: Console) -> None:
+    """Best times of the op and of the dequantized product in the layout of the op, for growing rows."""
+    kernel = registry.get("cpu")
+    for shape in shapes:
+        for scheme in schemes:
+            spec = LayerSpec(scheme, *shape, "cpu", torch.bfloat16)
+            if shape[1] % spec.group or registry.refusal(kernel, spec) or "torch int" not in kernel.describe(spec):
+                continue
+            tensor = make(scheme, shape, torch.bfloat16)
+            for rows in (1, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64):
+                x = torch.randn(rows, shape[1]).to(torch.bfloat16)
+                base = kernel_contender(kernel, tensor, spec)(x)
+
+                def limited(limit: int, call: Call) -> Call:
+                    def run(i: int) -> torch.Tensor:
+                        with row_limit(limit):
+                            return call(i)
+
+                    return run
+
+                entries = [
+                    Contender("op", "", 0, limited(1 << 30, base.call)),
+                    Contender("dequantized", "", 0, limited(0, base.call)),
+                ]
+                with torch.inference_mode():
+                    times = race(entries, seconds)
+                op, dequantized = (min(times[entry.name]) * 1e6 for entry in entries)
+                winner = "op" if op < dequantized else "dequantized"
+                console.print(
+                    f"{shape[0]}x{shape[1]} {scheme.label}: {rows:3d} rows  op {op:8.0f} us  "
+                    f"dequantized {dequantized:8.0f} us  {winner}"
+                )
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on."""
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {
+        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "int4_block": int4pack.block_rows() if int4pack.available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def show(timings: list[Timing], read: float, markdown: bool, console: Console) -> None:
+    """Print one table."""
+    head = ["shape", "rows", "dtype", "scheme", "contender", "median us", "best us", "x dense", "GB/s", "of bandwidth"]
+    body = []
+    for t in timings:
+        rate = t.gigabytes
+        body.append(
+            [
+                f"{t.shape[0]}x{t.shape[1]}",
+                str(t.rows),
+                t.dtype,
+                t.scheme,
+                t.contender,
+                "too slow" if t.median_us is None else f"{t.median_us:.0f}",
+                "" if t.best_us is None else f"{t.best_us:.0f}",
+                "" if t.speed is None else f"{t.speed:.2f}",
+                "" if rate is None else f"{rate:.1f}",
+                "" if rate is None else f"{rate / read:.0%}",
+            ]
+        )
+    if markdown:
+        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        lines += ["| " + " | ".join(row) + " |" for row in body]
+        print("\n".join(lines), flush=True)
+        return
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row, end_section=row[4] == body[-1][4])
+    console.print(table)
+
+
+def main() -> int:
+    """Parse, measure, print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES, help="out x in, comma separated")
+    parser.add_argument("--rows", default="1,4,8,64,512", help="rows of x, comma separated")
+    parser.add_argument("--schemes", default=SCHEMES)
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="of the activations")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per contender and cell")
+    parser.add_argument("--patience", type=float, default=2.0, help="leave out ops whose call would take longer")
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--json", type=Path, default=None, help="also write every figure here")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--crossover", action="store_true", help="find the row limits of the cpu kernel instead")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    console = Console(width=150)
+    shapes = [(int(out), int(columns)) for out, columns in (s.split("x") for s in arguments.shapes.split(","))]
+    schemes = [parse_scheme(text) for text in arguments.schemes.split(",")]
+    if arguments.crossover:
+        crossover(shapes, schemes, arguments.seconds, console)
+        return 0
+    about, read = machine(), bandwidth()
+    console.print(f"{about}, read bandwidth {read:.1f} GB/s")
+    results: list[Timing] = []
+    for shape in shapes:
+        for dtype in (getattr(torch, name) for name in arguments.dtypes.split(",")):
+            for scheme in schemes:
+                if shape[1] % scheme.group(shape[1]):
+                    console.print(f"{scheme.label} left out for {shape[0]}x{shape[1]}: the group does not divide rows.")
+                    continue
+                tensor = make(scheme, shape, dtype)
+                makers = list(contenders(tensor, dtype))
+                found = []
+                for rows in (int(text) for text in arguments.rows.split(",")):
+                    found += cell(makers, tensor, rows, dtype, arguments.seconds, arguments.patience)
+                show(found, read, arguments.markdown, console)
+                results += found
+    if arguments.json:
+        document = {"machine": about, "read_gb_per_s": read, "results": [asdict(t) for t in results]}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
