@@ -108,9 +108,9 @@ def compare(reference: Reference, stream: LogitStream, advance: Callable[[], Non
     for window, row in enumerate(reference.ids):
         other = stream.hidden(row.unsqueeze(0))
         for start, stop in chunks(scored, size):
-            expected = reference.stream.logits(reference.hidden[window], start, stop).to(stream.device)
             actual = stream.logits(other, start, stop)
-            targets = row[start + 1 : stop + 1].to(stream.device)
+            expected = reference.stream.logits(reference.hidden[window], start, stop).to(actual.device)
+            targets = row[start + 1 : stop + 1].to(actual.device)
             kl, nll_reference, nll_model, agree = _scores(expected, actual, targets)
             result.kl[window, start:stop] = kl.cpu().numpy()
             result.nll_reference[window, start:stop] = nll_reference.cpu().numpy()
