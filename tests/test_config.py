@@ -1,4 +1,4 @@
-"""HfQuantConfig: every wrong key and value is an error that names it, and what is right survives every way of storing."""
+"""HfQuantConfig: every wrong key and value is an error that names it; a right one survives every way of storing."""
 
 from __future__ import annotations
 

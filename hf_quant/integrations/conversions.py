@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from hf_quant.integrations.transformers import HfQuantQuantizer, StockRuntime
 
 
-class Quantize(ConversionOps):
+class _Shared(ConversionOps):
+    """transformers copies a conversion for every module that it converts; its quantizer must stay the same one."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+class Quantize(_Shared):
     """One float weight -> the parameters of its QuantLinear."""
 
     def __init__(self, hf_quantizer: HfQuantQuantizer) -> None:
@@ -63,7 +70,7 @@ class Quantize(ConversionOps):
         return {f"{name}.{leaf}": parameter for leaf, parameter in layer.named_tensors(tensor).items()}
 
 
-class Decode(ConversionOps):
+class Decode(_Shared):
     """The stored tensors of one module -> the parameters of its QuantLinear."""
 
     def __init__(self, hf_quantizer: StockRuntime) -> None:

@@ -7,14 +7,14 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -33,6 +33,9 @@ from hf_quant.nn.linear import QuantLinear
 from hf_quant.nn.swap import float_shape, put_empty, put_float, quantized_modules
 from hf_quant.plan import Plan, is_linear, make_plan, plan_of_checkpoint
 from hf_quant.provenance import KEY, make_provenance
+
+if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger("hf_quant")
 RUNTIME_VARIABLE = "HF_QUANT_RUNTIME"
@@ -141,8 +144,11 @@ class _Runtime(HfQuantizer):
         for name, layer in quantized_modules(model):
             for leaf in [leaf for leaf in layer._parameters if leaf != "bias"]:
                 state.pop(f"{name}.{leaf}", None)
-            for suffix, tensor in self.format.encode(layer.quantized(), dtype=dtype, name=name).items():
-                state[f"{name}.{suffix}"] = tensor
+            # an offloaded weight is read back: transformers would look for it under the name that it has on disk
+            offloaded = layer.weight.device.type == "meta"
+            with align_module_device(layer, torch.device("cpu")) if offloaded else nullcontext():
+                encoded = self.format.encode(layer.quantized(), dtype=dtype, name=name)
+            state.update({f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()})
         return state, {}
 
     def is_serializable(self) -> bool:
@@ -351,3 +357,6 @@ def enable_by_default() -> None:
     register()
     if os.environ.get(RUNTIME_VARIABLE, "hf_quant") != "stock":
         enable()
+
+
+enable_by_default()

@@ -71,6 +71,7 @@ class QuantLinear(nn.Module):
         self.transposed_source = False  # the float layer was a Conv1D, whose weight is [in, out]
         # one attribute, so that a thread never sees the kernel of one call with the layout of another
         self._ready: _Ready | None = None
+        self._chosen: registry.Selection | None = None  # outlives the layout of an offloaded layer
 
         groups = scheme.groups(in_features)
         width = in_features if scheme.bits == 8 else (in_features + 1) // 2
@@ -176,12 +177,14 @@ class QuantLinear(nn.Module):
                 prepared = selection.kernel.prepare(self.quantized(), spec)
                 self.weight.data = prepared.weight
                 self._ready = ready = _Ready(selection, spec, prepared)
+                self._chosen = selection
             return ready
 
     def release(self) -> None:
-        """Bring the weight back into the canonical packing; the next forward pass prepares it again."""
+        """Bring the weight back into the canonical packing; the next forward pass chooses a kernel again."""
         with _PREPARE:
             self._restore()
+            self._chosen = None
 
     def forget(self) -> None:
         """Drop what a kernel prepared, without restoring it: the parameters are about to be replaced."""
@@ -200,21 +203,30 @@ class QuantLinear(nn.Module):
     @property
     def kernel_name(self) -> str | None:
         """The kernel that runs this layer, once it is chosen (at load, or at the first call)."""
-        return None if self._ready is None else self._ready.selection.kernel.name
+        return None if self._chosen is None else self._chosen.kernel.name
 
     @property
     def kernel_reason(self) -> str | None:
         """Why that kernel, in one line."""
-        return None if self._ready is None else self._ready.selection.reason
+        return None if self._chosen is None else self._chosen.reason
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in]`` -> ``[..., out]`` in ``x.dtype``."""
+        if self._is_offloaded():
+            return self._forward_offloaded(x)
         ready = self._ready
-        if ready is None or ready.spec.dtype != x.dtype or self._is_offloaded():
-            if self._is_offloaded():
-                self.forget()
+        if ready is None or ready.spec.dtype != x.dtype:
             ready = self._prepare(x.dtype)
         return ready.selection.kernel.linear(x, ready.prepared, ready.spec, self.bias)
+
+    def _forward_offloaded(self, x: torch.Tensor) -> torch.Tensor:
+        # the weight is here for this call only: what is prepared from it must not keep it in memory
+        self.forget()
+        try:
+            ready = self._prepare(x.dtype)
+            return ready.selection.kernel.linear(x, ready.prepared, ready.spec, self.bias)
+        finally:
+            self.forget()
 
     # --- copies, moves, state dicts: always in the canonical packing -------------------------------------------------
 
@@ -246,7 +258,7 @@ class QuantLinear(nn.Module):
         if self._ready is not None:
             state["_parameters"] = dict(self._parameters)
             state["_parameters"]["weight"] = nn.Parameter(self.quantized().packed, requires_grad=False)
-            state["_ready"] = None
+        state["_ready"] = state["_chosen"] = None
         return state
 
     def extra_repr(self) -> str:
