@@ -1,16 +1,28 @@
 """hf-quant: int8 and int4 checkpoints for transformers, with scales that adapt and cards that tell the truth.
 
 Importing it registers :class:`HfQuantConfig` with transformers and runs compressed-tensors and bitsandbytes 4-bit
-checkpoints on hf-quant's kernels (``hf_quant.disable()`` or HF_QUANT_RUNTIME=stock leaves them to their own).
+checkpoints on hf-quant's kernels (``hf_quant.disable()`` or HF_QUANT_RUNTIME=stock leaves them to their own). Both
+happen as soon as transformers' quantizers are imported; until then nothing heavy is, so ``hf-quant --help`` is quick.
 """
 
-from hf_quant.api import LayerReport, inspect_model, load, quantize, save
-from hf_quant.config import HfQuantConfig
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from hf_quant.errors import HfQuantError
-from hf_quant.integrations.transformers import disable, enable, enable_by_default
 from hf_quant.version import __version__
 
-enable_by_default()
+if TYPE_CHECKING:
+    from hf_quant.api import LayerReport, inspect_model, load, quantize, save
+    from hf_quant.config import HfQuantConfig
+    from hf_quant.integrations.transformers import disable, enable
 
 __all__ = [
     "HfQuantConfig",
@@ -24,3 +36,53 @@ __all__ = [
     "quantize",
     "save",
 ]
+
+_PLUGIN = "hf_quant.integrations.transformers"  # importing it registers and enables
+_QUANTIZERS = "transformers.quantizers"
+_HOMES = {
+    "HfQuantConfig": "hf_quant.config",
+    "disable": _PLUGIN,
+    "enable": _PLUGIN,
+    **dict.fromkeys(("LayerReport", "inspect_model", "load", "save"), "hf_quant.api"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "quantize":  # a package that can be called
+        return importlib.import_module("hf_quant.quantize")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _AfterQuantizers(MetaPathFinder):
+    """Imports the plug-in right after transformers' table of quantizers, and leaves ``sys.meta_path``."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The ordinary spec of ``transformers.quantizers``, with one step more at the end of its execution."""
+        if name != _QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            importlib.import_module(_PLUGIN)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _QUANTIZERS in sys.modules:
+    importlib.import_module(_PLUGIN)
+else:
+    sys.meta_path.insert(0, _AfterQuantizers())
