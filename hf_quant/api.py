@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_quant.checkpoint import (
     atomic_directory,
@@ -29,7 +29,7 @@ from hf_quant.nn.swap import put_quantized, quantized_modules
 from hf_quant.plan import make_plan
 from hf_quant.provenance import KEY, plan_rows
 from hf_quant.quantize.weight import quantize_weight
-from hf_quant.skeleton import model_class
+from hf_quant.skeleton import model_class, read_settings
 
 logger = logging.getLogger("hf_quant")
 
@@ -227,7 +227,7 @@ def _quantize_on_load(
         check_directory(source)
     elif Path(source).is_absolute() or source.startswith("."):
         raise CheckpointError(f"{source} is not a directory.", "pass the directory of a float model, or a Hub id.")
-    settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    settings = read_settings(source, revision, trust_remote_code)
     if getattr(settings, "quantization_config", None):
         method = dict(settings.quantization_config).get("quant_method")
         raise CheckpointError(
@@ -244,12 +244,18 @@ def _quantize_on_load(
 def _from_pretrained(
     source: str, device: str | torch.device | None, dtype: str | torch.dtype, trust_remote_code: bool, **kwargs: Any
 ) -> PreTrainedModel:
-    settings = AutoConfig.from_pretrained(source, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code)
+    settings = read_settings(source, kwargs.get("revision"), trust_remote_code)
     if device is not None:
         kwargs["device_map"] = {"": str(device)}
     if trust_remote_code:
         kwargs["trust_remote_code"] = True
-    model: PreTrainedModel = model_class(settings).from_pretrained(source, dtype=dtype, **kwargs)
+    model: PreTrainedModel
+    model, info = model_class(settings).from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{source} lacks {missing[0]} ({len(missing)} such tensors).", "download or copy the checkpoint again."
+        )
     return model
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from hf_quant.checkpoint.headers import read_headers
 from hf_quant.config import HfQuantConfig
 from hf_quant.errors import CheckpointError, PlanError
+from hf_quant.integrations.stored import missing_weights
 from hf_quant.plan import Plan, make_plan
 
 HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -28,7 +29,7 @@ def plan_directory(path: str | Path, config: HfQuantConfig, trust_remote_code: b
         PlanError: as :func:`make_plan`; or an architecture that the installed transformers does not have.
     """
     headers = read_headers(path)
-    settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    settings = read_settings(path, trust_remote_code=trust_remote_code)
     if getattr(settings, "quantization_config", None):
         raise CheckpointError(f"{path} is quantized already.", "plan the float model it was made from.")
     stored: Counter[str] = Counter()
@@ -44,7 +45,35 @@ def plan_directory(path: str | Path, config: HfQuantConfig, trust_remote_code: b
     dtype = HEADER_DTYPES[stored.most_common(1)[0][0]]
     with torch.device("meta"):
         skeleton = model_class(settings)._from_config(settings, dtype=dtype)
-    return make_plan(skeleton, config)
+    plan = make_plan(skeleton, config)
+    missing = missing_weights(skeleton, headers, (layer.name for layer in plan.quantized))
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {missing[0]}.weight ({len(missing)} such layers).", "download or copy the checkpoint again."
+        )
+    return plan
+
+
+def read_settings(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config.
+
+    Raises:
+        CheckpointError: a directory without a config.json that transformers understands. What goes wrong with a Hub id
+            is left as huggingface_hub says it.
+    """
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not Path(source).is_dir():
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{Path(source) / 'config.json'} cannot be used: {first}",
+            "repair it, or upgrade transformers if the model is newer.",
+        ) from error
 
 
 def model_class(settings: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
@@ -209,6 +210,17 @@ def test_a_truncated_shard_is_an_error(tiny_llama, checkpoint, tmp_path) -> None
         shard.write_bytes(shard.read_bytes()[:-10])
         with pytest.raises(CheckpointError, match="truncated"):
             call(path)
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_tensor_that_is_not_there_is_an_error(lost, tiny_llama, tmp_path) -> None:
+    path = shutil.copytree(tiny_llama, tmp_path / "copy")
+    tensors = load_file(path / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=lost):
+        hf_quant.quantize(path, HfQuantConfig(method="absmax"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 _PUSH = """

@@ -67,6 +67,7 @@ class Quantize(_Shared):
             scale_dtype=getattr(torch, plan.scale_dtype),
             name=name,
         )
+        self.hf_quantizer.done.add(name)
         return {f"{name}.{leaf}": parameter for leaf, parameter in layer.named_tensors(tensor).items()}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +63,18 @@ def stored_modules(
                 header = file.get_slice(key)
                 module.shapes[suffix], module.dtypes[suffix] = tuple(header.get_shape()), str(header.get_dtype())
     return _renamed(model, found)
+
+
+def missing_weights(model: PreTrainedModel, keys: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of ``names`` (modules) whose weight is not among the ``keys`` of a checkpoint, renamed as when loading.
+
+    Nothing is missed where the model's loader also splits or merges tensors: then the keys alone do not tell.
+    """
+    found = {key.removesuffix(".weight"): StoredModule("") for key in keys if key.endswith(".weight")}
+    if any(isinstance(conversion, WeightConverter) for conversion in get_model_conversion_mapping(model)):
+        return []
+    present = _renamed(model, found)
+    return [name for name in names if name not in present]
 
 
 def scale_dtype(modules: Iterable[StoredModule], suffix: str) -> torch.dtype | None:

@@ -109,8 +109,7 @@ class _Runtime(HfQuantizer):
             check_directory(directory)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self.failure is not None:
-            raise self.failure
+        self._check_loaded()
         conversions = getattr(model, "_weight_conversions", None) or []
         # our own conversions are undone by get_state_dict_and_metadata, with names that transformers cannot revert
         model._weight_conversions = [c for c in conversions if not is_ours(c)]  # type: ignore[assignment]
@@ -121,6 +120,10 @@ class _Runtime(HfQuantizer):
         publish(model, self)
         prepare(model)
         return model
+
+    def _check_loaded(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
     def note(self, error: HfQuantError) -> None:
         """Keep the first error of a conversion, to be raised after loading."""
@@ -170,6 +173,10 @@ class HfQuantQuantizer(_Runtime):
 
     quantization_config: HfQuantConfig
 
+    def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.done: set[str] = set()  # layers whose float weight was found and quantized
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._check_files(model.config, kwargs.get("checkpoint_files"))
         self.plan = make_plan(model, self.quantization_config)
@@ -180,6 +187,16 @@ class HfQuantQuantizer(_Runtime):
         put_empty(
             model, schemes, getattr(torch, self.plan.scale_dtype), _kernel.get() if requested == "auto" else requested
         )
+
+    def _check_loaded(self) -> None:
+        super()._check_loaded()
+        assert self.plan is not None
+        missing = [layer.name for layer in self.plan.quantized if layer.name not in self.done]
+        if missing:
+            raise CheckpointError(
+                f"{missing[0]}.weight is not in the checkpoint ({len(missing)} such layers).",
+                "repair the checkpoint; layers that are meant to start from random values belong into skip.",
+            )
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, leaf = get_module_from_name(model, param_name)

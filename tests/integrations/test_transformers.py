@@ -548,3 +548,15 @@ def test_damaged_checkpoints(damage, load, tiny_checkpoint, tmp_path) -> None:
 def test_plan_errors_pass_through_the_loader(tiny_llama) -> None:
     with pytest.raises(PlanError, match="q_proj"):
         AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=HfQuantConfig(skip=["qproj"]))
+
+
+def test_a_layer_that_is_not_in_the_checkpoint_is_an_error(tiny_llama, tmp_path) -> None:
+    path = shutil.copytree(tiny_llama, tmp_path / "copy")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=HfQuantConfig(method="absmax"))
+    skipped = HfQuantConfig(method="absmax", skip=["model.layers.1.mlp.up_proj"])
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=skipped)
+    assert isinstance(model.model.layers[1].mlp.up_proj, torch.nn.Linear)
