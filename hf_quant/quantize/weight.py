@@ -53,7 +53,7 @@ def quantize_weight(
     weigh = None if importance is None else importance.to(torch.float32).view(-1, group)
     for start in range(0, rows, chunk):
         piece = slice(start, min(start + chunk, rows))
-        groups = weight[piece].to(torch.float32).reshape(-1, group)
+        groups = _groups(weight, piece, group)
         if not torch.isfinite(groups.sum()) and not torch.isfinite(groups).all():
             raise WeightError(
                 f"{name} holds NaN or Inf in rows {piece.start}-{piece.stop - 1}.", "repair the float checkpoint first."
@@ -72,9 +72,14 @@ def quantize_weight(
     exact = nested.scale()
     for start in range(0, rows, chunk):
         piece = slice(start, min(start + chunk, rows))
-        groups = weight[piece].to(torch.float32).reshape(-1, group)
+        groups = _groups(weight, piece, group)
         packed[piece] = _pack(groups, exact[piece].reshape(-1), None, scheme, columns)
     return QuantizedTensor(packed, None, None, scheme, shape, nested)
+
+
+def _groups(weight: torch.Tensor, rows: slice, group: int) -> torch.Tensor:
+    """Some rows as float32 ``[n, group]``, contiguous also when the weight is a transposed view (Conv1D)."""
+    return weight[rows].to(torch.float32).contiguous().view(-1, group)
 
 
 def _pack(
