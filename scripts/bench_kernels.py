@@ -247,7 +247,7 @@ def bandwidth() -> float:
 @contextmanager
 def row_limit(limit: int) -> Iterator[None]:
     """Make the cpu kernel use torch's ops up to ``limit`` rows."""
-    names = ("INT4_ROWS", "INT8_ROWS", "PLANES_ROWS")
+    names = ("INT4_ROWS", "INT8_ROWS", "NIBBLES_ROWS")
     before = [getattr(cpu, name) for name in names]
     try:
         for name in names:

@@ -2,7 +2,7 @@
 
 * int4, bfloat16: ``_weight_int4pack_mm_for_cpu`` for few rows of x.
 * int8 per channel, symmetric, bfloat16: ``_weight_int8pack_mm`` for few rows.
-* int8 otherwise, bfloat16: torch has no op; two int4 products over the high and the low nibbles of the codes.
+* int8 otherwise, bfloat16: torch has no op; its int4 product over the nibbles of the codes, twice as many rows.
 * many rows: the weight is dequantized piece by piece, straight from the layout of those ops.
 * half-precision activations that this processor cannot multiply natively: products in float32, converted back.
 
@@ -30,7 +30,7 @@ from hf_quant.tensor import QuantizedTensor, pack_codes
 # Rows of x up to which the op beats dequantizing the weight; scripts/bench_kernels.py --crossover measures them.
 INT4_ROWS = 48
 INT8_ROWS = 28
-PLANES_ROWS = 20
+NIBBLES_ROWS = 20
 # The zero points of an int4 layer are rounded to bfloat16 together with their scale. Where that moves the weight by
 # more than this share of its norm (bfloat16 rounding of the weight itself moves it by 1.6e-3), it is corrected.
 ZERO_ERROR = 2.0**-10
@@ -39,7 +39,7 @@ ZERO_ERROR = 2.0**-10
 class CpuKernel(Kernel):
     """See the module's docstring. ``extras``: those of the reference kernel, and
 
-    * ``scales_and_zeros`` bf16 ``[in/op_group, out, 2]`` (int4 op), one per nibble at 8 bits: ``[2, ...]``;
+    * ``scales_and_zeros`` bf16 ``[in/op_group, out, 2]`` (int4 op), at 8 bits ``[in/op_group, 2 * out, 2]``;
     * ``zero_error`` bf16 ``[out, in/group]``: what rounding took from the zero points, where it matters;
     * ``channel_scale`` bf16 ``[out]`` (int8 op).
     """
@@ -73,7 +73,7 @@ class CpuKernel(Kernel):
         if self._takes_int8pack(spec):
             return f"torch int8pack for <= {INT8_ROWS} rows, {above} above"
         if spec.scheme.bits == 8:
-            return f"torch int4pack on two nibble planes for <= {PLANES_ROWS} rows, {above} above"
+            return f"torch int4pack on the nibbles for <= {NIBBLES_ROWS} rows, {above} above"
         return f"torch int4pack for <= {INT4_ROWS} rows, {above} above"
 
     def _no_op(self, spec: LayerSpec) -> str | None:
@@ -86,8 +86,9 @@ class CpuKernel(Kernel):
             return "torch's int4 op is missing or uses an unknown layout here, which means that it is not vectorized"
         if self._takes_int8pack(spec):
             return None
-        if spec.out_features % self._block:
-            return f"torch's int4 op wants output features in blocks of {self._block}, not {spec.out_features}"
+        block = self._block if spec.scheme.bits == 4 else self._block // 2
+        if spec.out_features % block:
+            return f"torch's int4 op wants output features in blocks of {block}, not {spec.out_features}"
         if int4pack.op_group(spec.group) is None:
             return f"torch's int4 op wants groups that are a multiple of 32, not {spec.group}"
         return None
@@ -110,10 +111,8 @@ class CpuKernel(Kernel):
         if spec.scheme.bits == 4:
             extras.update(_int4_extras(tensor, spec))
             return Prepared(int4pack.pack(tensor.codes(), self._block), extras)
-        extras["scales_and_zeros"] = _plane_scales(tensor, spec)
-        planes = tensor.packed >> 4, tensor.packed & 15
-        packed = torch.stack([int4pack.pack(plane, self._block) for plane in planes])
-        return Prepared(packed.view(tensor.packed.shape), extras)
+        extras["scales_and_zeros"] = _nibble_scales(tensor, spec, self._block)
+        return Prepared(int4pack.pack_bytes(tensor.packed, self._block), extras)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -125,14 +124,11 @@ class CpuKernel(Kernel):
         assert self._block is not None
         if spec.scheme.bits == 4:
             return pack_codes(int4pack.unpack(prepared.weight, self._block), 4)
-        high, low = _planes(prepared, spec)
-        return (int4pack.unpack(high, self._block) << 4) | int4pack.unpack(low, self._block)
+        return int4pack.unpack_bytes(prepared.weight, self._block)
 
     def dequantize(self, prepared: Prepared, spec: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
         if "channel_scale" in prepared.extras:
-            codes = (prepared.weight ^ 128).view(spec.out_features, 1, spec.in_features)
-            weight = scaled(codes, 128, prepared.extras["scale"].unsqueeze(-1), dtype)
-            return weight.view(spec.out_features, spec.in_features)
+            return _signed_rows(prepared, slice(None), dtype)
         if "scales_and_zeros" not in prepared.extras:
             return dequantized_weight(prepared, spec, dtype)
         return self._dequantize_columns(prepared, spec, slice(0, spec.out_features), dtype).t()
@@ -151,29 +147,41 @@ class CpuKernel(Kernel):
         extras, rows = prepared.extras, x.shape[0]
         if "channel_scale" in extras and 0 < rows <= INT8_ROWS:
             y = _int8pack(x, prepared.weight, extras["channel_scale"])
-        elif "scales_and_zeros" in extras and 0 < rows <= (INT4_ROWS if spec.scheme.bits == 4 else PLANES_ROWS):
-            y = _int4_product(x, prepared, spec) if spec.scheme.bits == 4 else _plane_product(x, prepared, spec)
+        elif "scales_and_zeros" in extras and 0 < rows <= (INT4_ROWS if spec.scheme.bits == 4 else NIBBLES_ROWS):
+            y = self._int4_product(x, prepared, spec)
         else:
             return self._dequantized_product(x, prepared, spec, bias)
         return y if bias is None else y.add_(bias)
+
+    def _int4_product(self, x: torch.Tensor, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
+        extras, size = prepared.extras, int4pack.op_group(spec.group)
+        packed = prepared.weight.view(-1, spec.in_features // 2)
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, size, extras["scales_and_zeros"])
+        if spec.scheme.bits == 8:
+            assert self._block is not None
+            return int4pack.join_nibbles(y, self._block)
+        if "zero_error" in extras:
+            sums = x.view(x.shape[0], -1, spec.group).sum(-1)
+            y = y.add_(functional.linear(sums, extras["zero_error"]))
+        return y
 
     def _dequantized_product(
         self, x: torch.Tensor, prepared: Prepared, spec: LayerSpec, bias: torch.Tensor | None
     ) -> torch.Tensor:
         dtype = torch.float32 if x.dtype in self._widened else x.dtype
         wide, wide_bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        if "channel_scale" in prepared.extras:
-            canonical = Prepared(prepared.weight ^ 128, prepared.extras)
-            return dequantized_product(wide, canonical, spec, wide_bias).to(x.dtype)
-        if "scales_and_zeros" not in prepared.extras:
+        extras = prepared.extras
+        if "channel_scale" not in extras and "scales_and_zeros" not in extras:
             return dequantized_product(wide, prepared, spec, wide_bias).to(x.dtype)
-        assert self._block is not None
         whole = [slice(0, spec.out_features)]
-        chunks = whole if torch.compiler.is_compiling() else row_chunks(spec, self._block)
         parts = []
-        for rows in chunks:
-            weight = self._dequantize_columns(prepared, spec, rows, dtype)
-            parts.append(wide @ weight if wide_bias is None else torch.addmm(wide_bias[rows], wide, weight))
+        for rows in whole if torch.compiler.is_compiling() else row_chunks(spec):
+            part = None if wide_bias is None else wide_bias[rows]
+            if "channel_scale" in extras:
+                parts.append(functional.linear(wide, _signed_rows(prepared, rows, dtype), part))
+                continue
+            columns = self._dequantize_columns(prepared, spec, rows, dtype)
+            parts.append(wide @ columns if part is None else torch.addmm(part, wide, columns))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return y.to(x.dtype)
 
@@ -181,11 +189,7 @@ class CpuKernel(Kernel):
         """Whole blocks of output rows of the weight, as ``[in, rows]`` in ``dtype``."""
         assert self._block is not None
         extras, columns = prepared.extras, spec.in_features
-        if spec.scheme.bits == 4:
-            codes = int4pack.columns_first(prepared.weight[rows], None, self._block)
-        else:
-            high, low = _planes(prepared, spec)
-            codes = int4pack.columns_first(high[rows], low[rows], self._block)
+        codes = int4pack.columns_first(prepared.weight[rows], spec.scheme.bits, self._block)
         scale = extras["scale"][rows].t().contiguous().unsqueeze(1)
         zero: torch.Tensor | int = spec.scheme.implied_zero_point
         if not spec.scheme.symmetric:
@@ -204,10 +208,10 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return bool(supported())
 
 
-def _planes(prepared: Prepared, spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit codes in the int4 layout: the bytes of the high nibbles and of the low ones, ``[out, in/2]`` each."""
-    high, low = prepared.weight.view(2, spec.out_features, spec.in_features // 2)
-    return high, low
+def _signed_rows(prepared: Prepared, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of an int8 weight with one scale each, from signed bytes, as ``[rows, in]`` in ``dtype``."""
+    values = prepared.weight[rows].view(torch.int8).to(torch.float32)
+    return values.mul_(prepared.extras["scale"][rows].to(torch.float32)).to(dtype)
 
 
 def _interleaved(scale: torch.Tensor, zero: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
@@ -241,28 +245,13 @@ def _int4_extras(tensor: QuantizedTensor, spec: LayerSpec) -> dict[str, torch.Te
     return extras
 
 
-def _plane_scales(tensor: QuantizedTensor, spec: LayerSpec) -> torch.Tensor:
-    """code - zero = 16 * (high - 8) + (low - 8) + (136 - zero); the zeros are split over both planes."""
+def _nibble_scales(tensor: QuantizedTensor, spec: LayerSpec, block: int) -> torch.Tensor:
+    """code - zero = (low - 8) + 16 * (high - 8) + (136 - zero); what bfloat16 drops of the zeros goes with the low."""
     scale = tensor.scales().to(torch.bfloat16).to(torch.float32)
     zero = _zeros(tensor, 136, scale)
     high = zero.to(torch.bfloat16).to(torch.float32)
-    return torch.stack((_interleaved(scale * 16, high, spec), _interleaved(scale, zero - high, spec)))
-
-
-def _int4_product(x: torch.Tensor, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
-    extras, size = prepared.extras, int4pack.op_group(spec.group)
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, prepared.weight, size, extras["scales_and_zeros"])
-    if "zero_error" in extras:
-        sums = x.view(x.shape[0], -1, spec.group).sum(-1)
-        y = y.add_(functional.linear(sums, extras["zero_error"]))
-    return y
-
-
-def _plane_product(x: torch.Tensor, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
-    product, size = torch.ops.aten._weight_int4pack_mm_for_cpu, int4pack.op_group(spec.group)
-    planes, scales = _planes(prepared, spec), prepared.extras["scales_and_zeros"]
-    y: torch.Tensor = product(x, planes[0], size, scales[0])
-    return y.add_(product(x, planes[1], size, scales[1]))
+    halves = _interleaved(scale, zero - high, spec), _interleaved(scale * 16, high, spec)
+    return torch.stack([half.view(half.shape[0], -1, block // 2, 2) for half in halves], dim=2).flatten(1, 3)
 
 
 def _int8pack(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

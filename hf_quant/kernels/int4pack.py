@@ -3,6 +3,10 @@
 The rows of the weight are cut into blocks (64 rows with AVX-512, 32 with AVX2). A block of ``block`` rows is stored
 column by column, ``block / 2`` bytes each: byte ``i`` holds row ``i`` in its low nibble and row ``i + block / 2`` in
 its high nibble. Nothing documents this, so :func:`block_rows` compares it with what torch does on this machine.
+
+8-bit codes fit the same op as they are: whole bytes, ``block / 2`` rows side by side, column by column. The op then
+sees ``2 * out`` rows of 4-bit codes, for each row of the weight one of its low nibbles and, ``block / 2`` further on,
+one of its high nibbles, which may have scales of their own; their products are added (:func:`join_nibbles`).
 """
 
 from __future__ import annotations
@@ -46,19 +50,26 @@ def unpack(packed: torch.Tensor, block: int) -> torch.Tensor:
     return torch.cat((blocks & 15, blocks >> 4), dim=1).contiguous().view(out, columns)
 
 
-def columns_first(packed: torch.Tensor, low: torch.Tensor | None, block: int) -> torch.Tensor:
-    """Codes of whole blocks as uint8 ``[in, out]``, the order in which the bytes lie.
+def pack_bytes(codes: torch.Tensor, block: int) -> torch.Tensor:
+    """8-bit codes ``[out, in]`` -> bytes ``[out, in]``; ``out`` is a multiple of ``block / 2``."""
+    return codes.view(-1, block // 2, codes.shape[1]).transpose(1, 2).contiguous().view(codes.shape)
 
-    Args:
-        packed: bytes ``[out, in/2]`` of 4-bit codes, or of the high nibbles of 8-bit codes.
-        low: bytes of the low nibbles of 8-bit codes, laid out alike; None at 4 bits.
-        block: rows of a block.
-    """
-    columns = packed.shape[1] * 2
-    first = packed.view(-1, columns, block // 2).transpose(0, 1)
-    if low is None:
-        codes = torch.cat((first & 15, first >> 4), dim=-1)
-    else:
-        second = low.view(-1, columns, block // 2).transpose(0, 1)
-        codes = torch.cat(((first << 4).bitwise_or_(second & 15), (first & 240).bitwise_or_(second >> 4)), dim=-1)
-    return codes.view(columns, -1)
+
+def unpack_bytes(packed: torch.Tensor, block: int) -> torch.Tensor:
+    """The inverse of :func:`pack_bytes`."""
+    return packed.view(-1, packed.shape[1], block // 2).transpose(1, 2).contiguous().view(packed.shape)
+
+
+def join_nibbles(y: torch.Tensor, block: int) -> torch.Tensor:
+    """Products of the low and of the high nibbles ``[rows, 2 * out]`` -> their sums ``[rows, out]``."""
+    low, high = y.view(y.shape[0], -1, 2, block // 2).unbind(2)
+    return (low + high).view(y.shape[0], -1)
+
+
+def columns_first(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """Codes of whole blocks as uint8 ``[in, out]``, the order in which the bytes lie; what comes back is a copy."""
+    columns = packed.shape[1] * 8 // bits
+    bytes_first = packed.view(-1, columns, block // 2).transpose(0, 1)
+    if bits == 8:
+        return bytes_first.contiguous().view(columns, -1)
+    return torch.cat((bytes_first & 15, bytes_first >> 4), dim=-1).view(columns, -1)

@@ -96,7 +96,7 @@ def test_op_and_dequantized_product_agree_on_either_side_of_the_limit(
     prepared, x = KERNEL.prepare(tensor, spec), torch.randn(7, 256).to(BF16)
     results = []
     for limit in (0, 100):
-        for name in ("INT4_ROWS", "INT8_ROWS", "PLANES_ROWS"):
+        for name in ("INT4_ROWS", "INT8_ROWS", "NIBBLES_ROWS"):
             monkeypatch.setattr(cpu, name, limit)
         results.append(KERNEL.linear(x, prepared, spec))
         assert distance(results[-1], x, tensor) < 1
@@ -307,10 +307,22 @@ def test_layout_is_inverted_exactly(block: int, shape: tuple[int, int]) -> None:
     assert packed.is_contiguous()
     assert packed.shape == (shape[0], shape[1] // 2)
     assert torch.equal(int4pack.unpack(packed, block), codes)
-    assert torch.equal(int4pack.columns_first(packed, None, block), codes.t())
-    low = torch.randint(0, 16, shape, dtype=torch.uint8)
-    both = int4pack.columns_first(packed, int4pack.pack(low, block), block)
-    assert torch.equal(both, (codes * 16 + low).t())
+    assert torch.equal(int4pack.columns_first(packed, 4, block), codes.t())
+
+
+@pytest.mark.parametrize("block", int4pack.BLOCKS)
+@pytest.mark.parametrize("shape", [(32, 1), (64, 64), (96, 34)])
+def test_bytes_are_laid_out_as_nibbles_of_twice_the_rows(block: int, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8)
+    packed = int4pack.pack_bytes(codes, block)
+    assert packed.is_contiguous()
+    assert torch.equal(int4pack.unpack_bytes(packed, block), codes)
+    assert torch.equal(int4pack.columns_first(packed, 8, block), codes.t())
+    if shape[1] % 2:
+        return
+    nibbles = int4pack.unpack(packed.view(-1, shape[1] // 2), block).t()
+    low, high = nibbles.reshape(shape[1], -1, 2, block // 2).unbind(2)
+    assert torch.equal((low + high * 16).reshape(shape[1], -1).t(), codes)
 
 
 @needs_op
