@@ -29,8 +29,8 @@ from hf_quant.tensor import QuantizedTensor, pack_codes
 
 # Rows of x up to which the op beats dequantizing the weight; scripts/bench_kernels.py --crossover measures them.
 INT4_ROWS = 48
-INT8_ROWS = 28
-NIBBLES_ROWS = 20
+INT8_ROWS = 24
+NIBBLES_ROWS = 16
 # The zero points of an int4 layer are rounded to bfloat16 together with their scale. Where that moves the weight by
 # more than this share of its norm (bfloat16 rounding of the weight itself moves it by 1.6e-3), it is corrected.
 ZERO_ERROR = 2.0**-10
