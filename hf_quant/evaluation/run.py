@@ -31,7 +31,7 @@ from hf_quant.evaluation.results import (
 )
 from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes
 from hf_quant.evaluation.sources import Origin, Source, load_tokenizer, opened, quiet_loading, timed_load
-from hf_quant.evaluation.speed import Subject, measure
+from hf_quant.evaluation.speed import Subject, kernels, measure
 from hf_quant.evaluation.stream import LogitStream
 from hf_quant.evaluation.text import BUILT_IN, Text, Windows, cut_windows, load_text
 
@@ -147,7 +147,7 @@ def evaluate(
             device or "cpu",
             kernel,
         )
-        accuracy, floors = _accuracy(job, noise_floor)
+        accuracy, floors, ran = _accuracy(job, noise_floor)
         sizes, speeds = _footprint(job, bits, repeats if speed else 0)
     return EvaluationResult(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -170,6 +170,7 @@ def evaluate(
             for cut, measured, floor in zip(cuts, accuracy, floors, strict=True)
         ),
         size=sizes,
+        accuracy_kernels=ran,
         speed=speeds,
         environment=environment.describe(),
         command=command,
@@ -190,25 +191,26 @@ def write_results(directory: Path | str, result: EvaluationResult) -> Path:
     return path
 
 
-def _accuracy(job: _Job, noise_floor: bool) -> tuple[list[Divergence], list[Divergence | None]]:
-    """The candidate, and the reference in the noise floor's dtype, against the reference on every text."""
+def _accuracy(job: _Job, noise_floor: bool) -> tuple[list[Divergence], Sequence[Divergence | None], dict[str, int]]:
+    """The candidate, and the reference in the noise floor's dtype, on every text; and the candidate's kernels."""
     with job.stages.stage("load float model"):
         stream = LogitStream(job.reference.model or job.reference.load(job.dtype, job.device), "the reference")
     references: list[Reference] = []
     for cut in job.cuts:
         with job.stages.stage(f"float model on {cut.text.name}", len(cut.ids)) as advance:
             references.append(run_reference(stream, cut.ids, advance))
-    measured = _against(job, references, job.candidate, "quantized model", job.dtype)
+    measured, ran = _against(job, references, job.candidate, "quantized model", job.dtype)
     if not noise_floor:
-        return measured, [None] * len(measured)
+        return measured, [None] * len(measured), ran
     fresh = Origin(job.reference.label, job.reference.directory, None, job.reference.trust_remote_code)
-    floors = _against(job, references, fresh, f"noise floor ({_name(job.floor_dtype)})", job.floor_dtype)
-    return measured, list(floors)
+    floors, _ = _against(job, references, fresh, f"noise floor ({_name(job.floor_dtype)})", job.floor_dtype)
+    return measured, floors, ran
 
 
 def _against(
     job: _Job, references: list[Reference], origin: Origin, title: str, dtype: torch.dtype
-) -> list[Divergence]:
+) -> tuple[list[Divergence], dict[str, int]]:
+    """A model against the reference on every text, and how many of its layers each kernel ran."""
     with job.stages.stage(f"load {title}"):
         model = origin.model or origin.load(dtype, job.device)
         if origin is job.candidate and job.kernel != AUTO_KERNEL and not _runs_our_kernels(model):
@@ -221,9 +223,10 @@ def _against(
     for cut, reference in zip(job.cuts, references, strict=True):
         with job.stages.stage(f"{title} on {cut.text.name}", len(cut.ids)) as advance:
             found.append(compare(reference, stream, advance))
+    ran = kernels(model)
     del model, stream
     gc.collect()  # transformers' models hold reference cycles; the next one would come on top
-    return found
+    return found, ran
 
 
 def _footprint(job: _Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[SpeedResult, ...]]:

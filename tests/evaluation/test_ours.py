@@ -27,6 +27,7 @@ def test_records_bits_kernels_and_digest(checkpoint, tiny_llama):
     assert result.size.bits_per_weight == pytest.approx(4.5)
     before, after = result.speed
     assert before.kernels == {"float": 15}
+    assert result.accuracy_kernels == {"reference": 14, "float": 1}
     assert after.kernels == {"reference": 14, "float": 1}
     assert result.size.quantized_memory_bytes < result.size.float_memory_bytes
     assert result.texts[0].kl.value > 0
