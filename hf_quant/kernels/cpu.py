@@ -28,7 +28,7 @@ from hf_quant.kernels.registry import Kernel, LayerSpec, Prepared
 from hf_quant.tensor import QuantizedTensor, pack_codes
 
 # Rows of x up to which the op beats dequantizing the weight; scripts/bench_kernels.py --crossover measures them.
-INT4_ROWS = 48
+INT4_ROWS = 64
 INT8_ROWS = 24
 NIBBLES_ROWS = 16
 # The zero points of an int4 layer are rounded to bfloat16 together with their scale. Where that moves the weight by
