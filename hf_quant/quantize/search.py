@@ -7,8 +7,10 @@ grids are lopsided (int4 has -8 but not +8, NF4 has eight positive levels and se
 turns them round. The winner is refined by alternating nearest codes and least-squares scales (a Lloyd iteration on a
 fixed grid).
 
-On the int grids the error of large weights counts a little more. Rounding errors have random signs and average out in a
-dot product, clipping errors all shrink the largest weights: a pure least-squares fit clips more than a model forgives.
+The scale that is kept is not the least-squares one but <w, w> / <w, c>: a least-squares fit always shrinks the group
+(by the share of its energy that is lost), and such an error points the same way in every group, where rounding errors
+have random signs and average out in a dot product. The ranking of the candidates is the same for both. With zero
+points, where both ends of the range can be clipped, the error of large weights also counts a little more.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from hf_quant.grids import Scheme
 from hf_quant.quantize.rounding import nearest_values, reciprocal
 
 REFINE_STEPS = 2
-TILT = 4.0  # importance on the int grids is |w| + TILT * rms(group)
+TILT = 4.0  # importance on the asymmetric grid is |w| + TILT * rms(group)
 # Where the largest weight of a group lands, as a share of the grid's end: below 1 wastes levels, above 1 clips.
 _STRETCH = {
     ("int", 4): tuple(0.7 + 0.05 * i for i in range(10)),
@@ -44,21 +46,32 @@ def search_scales(
     Returns:
         float32 scale ``[n]`` (any sign), and float32 integral zero point ``[n]`` on the asymmetric grid, else None.
     """
-    weighted = groups if importance is None else groups * importance
-    best = _Best(groups, weighted, importance, scheme)
+    best = _Best(groups, default_importance(groups, scheme) if importance is None else importance, scheme)
     if scheme.grid == "int" and not scheme.symmetric:
         _try_ranges(groups, scheme, best)
     else:
         _try_stretches(groups, scheme, best)
     for _ in range(REFINE_STEPS):
         best.offer(best.scale, best.zero)
-    return best.scale, best.zero
+    return _unbiased(groups, importance, best), best.zero
+
+
+def _unbiased(groups: torch.Tensor, importance: torch.Tensor | None, best: _Best) -> torch.Tensor:
+    """The scale at which the group, projected on itself, keeps its length (rounding again at every step)."""
+    weighted = groups if importance is None else groups * importance
+    energy = torch.mul(weighted, groups, out=best.work).sum(1)
+    scale = best.scale
+    for _ in range(REFINE_STEPS):
+        candidate = nearest_values(groups, scale, best.zero, best.scheme, out=best.candidate)
+        along = torch.mul(weighted, candidate, out=best.work).sum(1)
+        scale = torch.where(along != 0, energy / along, scale).nan_to_num_(posinf=0.0, neginf=0.0)
+    return scale
 
 
 def default_importance(groups: torch.Tensor, scheme: Scheme) -> torch.Tensor | None:
     """How much each weight's error counts when no data says so: ``[n, group]``, or None for all alike."""
-    if scheme.grid != "int":
-        return None  # the table grids have their outer levels far apart: there is little to gain by clipping
+    if scheme.symmetric:
+        return None
     rms = groups.square().mean(dim=1, keepdim=True).sqrt_()
     return groups.abs().add_(rms.mul_(TILT))
 
@@ -66,10 +79,9 @@ def default_importance(groups: torch.Tensor, scheme: Scheme) -> torch.Tensor | N
 class _Best:
     """The best candidate so far, per group."""
 
-    def __init__(
-        self, groups: torch.Tensor, weighted: torch.Tensor, importance: torch.Tensor | None, scheme: Scheme
-    ) -> None:
-        self.groups, self.weighted, self.importance, self.scheme = groups, weighted, importance, scheme
+    def __init__(self, groups: torch.Tensor, importance: torch.Tensor | None, scheme: Scheme) -> None:
+        self.groups, self.importance, self.scheme = groups, importance, scheme
+        self.weighted = groups if importance is None else groups * importance
         self.candidate = torch.empty_like(groups)
         self.work = torch.empty_like(groups)
         self.score = groups.new_full((groups.shape[0],), -1.0)

@@ -97,10 +97,10 @@ def _choose(
     baseline = _store(baseline, stored)
     if method == "absmax":
         return baseline, zero
-    if importance is None:
-        importance = default_importance(groups, scheme)
     scale, found = search_scales(groups, scheme, importance)
     scale = _store(scale, stored)
+    if importance is None:
+        importance = default_importance(groups, scheme)
     worse = _error(groups, scale, found, scheme, importance) > _error(groups, baseline, zero, scheme, importance)
     scale = torch.where(worse, baseline, scale)
     if found is not None and zero is not None:

@@ -52,8 +52,7 @@ def test_search_is_never_worse_than_the_baseline_in_any_group(scheme: Scheme, sh
 def test_int4_search_comes_close_to_brute_force() -> None:
     scheme = Scheme("int", 4, True, 32)
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    weigh = default_importance(weight, scheme)
-    assert weigh is not None
+    weigh = torch.ones_like(weight)
     peak = weight.abs().amax(1)
     best = torch.full((64,), float("inf"))
     for sign in (-1.0, 1.0):
@@ -61,7 +60,15 @@ def test_int4_search_comes_close_to_brute_force() -> None:
             scale = sign * peak / share
             rounded = nearest_values(weight, scale, None, scheme) * scale.unsqueeze(1)
             best = torch.minimum(best, ((rounded - weight).square() * weigh).sum(1))
-    assert error(weight, scheme, "search", weigh).sum() < 1.02 * best.sum()
+    assert error(weight, scheme, "search", weigh).sum() < 1.03 * best.sum()
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bits == 4], ids=lambda s: s.label)
+def test_the_search_does_not_shrink_the_weights(scheme: Scheme) -> None:
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(4))
+    value = quantize_weight(weight, scheme, scale_dtype=torch.float32).dequantize()
+    kept = ((value * weight).sum() / weight.square().sum()).item()
+    assert kept == pytest.approx(1.0, abs=4e-3)  # a least-squares scale leaves 0.989 to 0.995
 
 
 def test_importance_moves_the_error_to_columns_that_matter_less() -> None:
