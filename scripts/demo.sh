@@ -5,6 +5,6 @@
 set -euo pipefail
 caller="$PWD"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-setup all,demo
+setup demo
 cd "$caller"
 exec "$root/.venv/bin/hf-quant" demo "$@"

