@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_quant.card_metadata import INHERITED_KEYS, read_base_card
 from hf_quant.checkpoint import (
     atomic_directory,
     check_directory,
@@ -20,7 +22,7 @@ from hf_quant.checkpoint import (
     read_manifest,
     write_manifest,
 )
-from hf_quant.checkpoint.contents import MANIFEST_FILE
+from hf_quant.checkpoint.contents import MANIFEST_FILE, SIDE_FILES
 from hf_quant.config import HfQuantConfig
 from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.formats import FORMATS
@@ -90,7 +92,11 @@ def quantize(
             source, config, output_dir is not None, device, dtype, revision, trust_remote_code
         )
     if output_dir is not None:
-        save(quantized, output_dir, tokenizer, overwrite=overwrite, side_files=source)
+        files = None if source is None else _side_files(source, revision)
+        origin = files or getattr(quantized.config, "_name_or_path", "")
+        if origin:
+            _record_base(quantized, Path(origin))
+        save(quantized, output_dir, tokenizer, overwrite=overwrite, side_files=files)
     return quantized
 
 
@@ -182,6 +188,27 @@ def inspect_model(model: nn.Module) -> list[LayerReport]:
         shape = (layer.out_features, layer.in_features)
         reports.append(LayerReport(name, shape, layer.scheme.label, layer.kernel_name, layer.kernel_reason, nbytes))
     return reports
+
+
+def _side_files(source: str, revision: str | None) -> Path:
+    """The directory with the tokenizer, card and licence of a float model; of a Hub id, a snapshot without weights."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, revision=revision, allow_patterns=[*SIDE_FILES, "config.json", "README.md"]))
+
+
+def _record_base(model: PreTrainedModel, files: Path) -> None:
+    """Note in the provenance what the card inherits: the base model may be out of reach when the card is made."""
+    if not (files / "config.json").is_file():
+        return  # a model in memory that came from nowhere, or from the Hub in a way that only its maker knows
+    provenance = dict(getattr(model.config, KEY))
+    snapshot = files.parent.name == "snapshots"
+    if snapshot:
+        provenance["base_revision"] = files.name
+    card = read_base_card(str(files)).metadata
+    provenance["base_card"] = {key: card[key] for key in INHERITED_KEYS if isinstance(card.get(key), (str, list))}
+    provenance["base_model_is_local"] = not snapshot
+    setattr(model.config, KEY, provenance)
 
 
 def _quantize_in_memory(model: nn.Module, config: HfQuantConfig, device: str | torch.device | None) -> PreTrainedModel:

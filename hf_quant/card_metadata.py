@@ -60,6 +60,9 @@ _TASKS: tuple[tuple[str, str | None, str], ...] = (
 _SPEECH = {"whisper", "speech_to_text", "moonshine", "speech-encoder-decoder"}
 _TEXT_TO_TEXT = {"bart", "longt5", "m2m_100", "marian", "mbart", "mt5", "pegasus", "switch_transformers", "t5", "umt5"}
 
+# what a card takes over from the base model's
+INHERITED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
 
 @dataclass(frozen=True)
 class BaseCard:

@@ -276,3 +276,42 @@ def test_push_to_hub_and_back(checkpoint, tmp_path) -> None:
     assert files["model.safetensors"].content == (checkpoint / "model.safetensors").read_bytes()
     verify_manifest(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == files["model.safetensors"].content
+
+
+_FROM_HUB = """
+import sys, hf_quant
+from huggingface_hub import HfApi
+HfApi().create_repo("org/tiny-float")
+HfApi().upload_folder(repo_id="org/tiny-float", folder_path=sys.argv[1])
+hf_quant.quantize("org/tiny-float", hf_quant.HfQuantConfig(method="absmax"), sys.argv[2])
+"""
+
+
+def test_a_hub_id_brings_its_tokenizer_its_licence_and_its_revision(tiny_llama, tmp_path) -> None:
+    source = tmp_path / "float"
+    shutil.copytree(tiny_llama, source)
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# Tiny\n")
+    loopback = _loopback()
+    with loopback.running() as (url, _):
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": url,
+            "HF_TOKEN": loopback.WRITE_TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", _FROM_HUB, str(source), str(tmp_path / "out")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    provenance = read_manifest(tmp_path / "out").provenance
+    assert provenance["base_model"] == "org/tiny-float" and len(provenance["base_revision"]) == 40
+    assert provenance["base_card"] == {"license": "mit", "language": ["en"]}
+    assert provenance["base_model_is_local"] is False
+    side = {path.name for path in source.iterdir()} & {"tokenizer.json", "tokenizer_config.json"}
+    assert side and all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in side)
