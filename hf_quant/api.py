@@ -93,7 +93,7 @@ def quantize(
         )
     if output_dir is not None:
         files = None if source is None else _side_files(source, revision)
-        origin = files or getattr(quantized.config, "_name_or_path", "")
+        origin = str(files or getattr(quantized.config, "_name_or_path", None) or "")
         if origin:
             _record_base(quantized, Path(origin))
         save(quantized, output_dir, tokenizer, overwrite=overwrite, side_files=files)
