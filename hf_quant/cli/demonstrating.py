@@ -13,7 +13,7 @@ from hf_quant.cli.chatting import answer, load_for_chat
 from hf_quant.cli.measuring import reproducible
 from hf_quant.cli.output import err, out, quiet_libraries, size
 
-_PROMPT = "Name three primary colors."
+_PROMPT = "What is the capital of France?"
 
 
 def demo(
