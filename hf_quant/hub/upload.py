@@ -21,7 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, validate_repo_id
 
-from hf_quant.checkpoint import MANIFEST_FILE
+from hf_quant.card import with_repo_id
+from hf_quant.checkpoint import MANIFEST_FILE, README_FILE, atomic_write
 from hf_quant.checkpoint.contents import HUB_LEFTOVERS, belongs, matches
 from hf_quant.errors import HfQuantError, HubError
 from hf_quant.hub.check import Publishable, check_publishable
@@ -80,6 +81,16 @@ class PushReport:
         return f"published {whole} ({sent}) to {self.pull_request or self.url}, commit {self.commit}, verified"
 
 
+def _name_card(directory: Path, repo_id: str) -> None:
+    """Let the card's snippets load ``repo_id``: it is often written before the repository has a name."""
+    path = directory / README_FILE
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        named = with_repo_id(text, repo_id)
+        if named != text:
+            atomic_write(path, named)
+
+
 def push(
     directory: Path | str,
     repo_id: str,
@@ -99,7 +110,7 @@ def push(
     at the end the Hub's copy is compared with the local one. Pushing the same content again makes no new commit.
 
     Args:
-        directory: a checkpoint with its card.
+        directory: a checkpoint with its card; the snippets of the card are made to load ``repo_id``.
         repo_id: ``name`` or ``namespace/name``; created when it does not exist.
         private: create it private. A repository that exists and is public is refused.
         revision: the branch; created from main when it does not exist. Default: main.
@@ -124,6 +135,8 @@ def push(
     token = token or get_token()
     if token is None and not dry_run:  # known before a large checkpoint is hashed
         raise HubError("there is no token for the Hub.", _LOGIN)
+    if not dry_run and "/" in repo_id:
+        _name_card(Path(directory), repo_id)
     checked = check_publishable(directory, include)
     sizes = {name: entry.bytes for name, entry in checked.files.items()}
     if dry_run:

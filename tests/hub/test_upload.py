@@ -35,6 +35,15 @@ def test_a_push_arrives_whole_and_loads_with_stock_transformers(world: Any, chec
         assert loaded["norm"] == shard.get_tensor("model.norm.weight").tolist()
 
 
+def test_the_card_loads_the_repository_that_it_is_pushed_to(world: Any, checkpoint: Path) -> None:
+    marker, line = '<!-- hf-quant: snippets load "local-name" -->', 'repo_id = "local-name"\n'
+    card = checkpoint / "README.md"
+    card.write_text(f"{card.read_text()}\n{marker}\n\n```python\n{line}```\n")
+    world.push(checkpoint)
+    assert 'repo_id = "tester/tiny"\n' in card.read_text() and "local-name" not in card.read_text()
+    assert world.served() == _local(checkpoint)
+
+
 def test_the_same_content_again_makes_no_commit(world: Any, checkpoint: Path) -> None:
     first = world.push(checkpoint)
     world.hub.calls.clear()
