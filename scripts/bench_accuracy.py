@@ -53,7 +53,15 @@ LOST = 3  # exit code
 BOOTSTRAP_SAMPLES = 10_000
 _MARKS = ("<!-- table:accuracy -->", "<!-- /table:accuracy -->")
 # What a reader of the README chooses between; the whole table is in the JSON and Markdown files.
-_SHORT = ("int4 sym g32", "int4 sym g64", "int4 asym g32", "int4 asym g64", "nf4 g64 dq", "fp4 g64 dq", "int8 sym per-channel")
+_SHORT = (
+    "int4 sym g32",
+    "int4 sym g64",
+    "int4 asym g32",
+    "int4 asym g64",
+    "nf4 g64 dq",
+    "fp4 g64 dq",
+    "int8 sym per-channel",
+)
 
 
 @dataclass(frozen=True)
