@@ -253,24 +253,24 @@ def _loopback():
     return module
 
 
+def _with_hub(loopback, url: str, home: Path, code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process of its own: huggingface_hub reads these variables when it is imported."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": url,
+        "HF_TOKEN": loopback.WRITE_TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home),
+    }
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
 def test_push_to_hub_and_back(checkpoint, tmp_path) -> None:
     loopback = _loopback()
     with loopback.running() as (url, hub):
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": url,
-            "HF_TOKEN": loopback.WRITE_TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home"),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", _PUSH, str(checkpoint), str(tmp_path / "saved")],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        done = _with_hub(loopback, url, tmp_path / "home", _PUSH, checkpoint, tmp_path / "saved")
         assert done.returncode == 0, done.stderr[-3000:]
         files = hub.repos["org/tiny-int4"].files()
     assert files["model.safetensors"].content == (checkpoint / "model.safetensors").read_bytes()
@@ -293,21 +293,7 @@ def test_a_hub_id_brings_its_tokenizer_its_licence_and_its_revision(tiny_llama, 
     (source / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# Tiny\n")
     loopback = _loopback()
     with loopback.running() as (url, _):
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": url,
-            "HF_TOKEN": loopback.WRITE_TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home"),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", _FROM_HUB, str(source), str(tmp_path / "out")],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        done = _with_hub(loopback, url, tmp_path / "home", _FROM_HUB, source, tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     provenance = read_manifest(tmp_path / "out").provenance
     assert provenance["base_model"] == "org/tiny-float" and len(provenance["base_revision"]) == 40

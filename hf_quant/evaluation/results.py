@@ -7,9 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hf_quant.checkpoint.contents import RESULTS_FILE as RESULTS_FILE
 from hf_quant.errors import EvaluationError
-
-RESULTS_FILE = "evaluation.json"
 
 
 class _Strict(BaseModel):
