@@ -53,6 +53,14 @@ class EvaluationError(HfQuantError, ValueError):
     """A measurement that cannot be made (no text, text too short, models that do not match)."""
 
 
+class CalibrationError(HfQuantError, ValueError):
+    """Calibration data that cannot be had or used (no text, text too short, a source that does not fit the model)."""
+
+
+class TextError(EvaluationError, CalibrationError):
+    """A text that cannot be read; both who measures on texts and who calibrates on them catch it as their own."""
+
+
 class CardError(HfQuantError, ValueError):
     """A model card that cannot be written truthfully or does not validate."""
 
@@ -63,3 +71,11 @@ class HubError(HfQuantError, RuntimeError):
 
 class DependencyError(HfQuantError, ImportError):
     """An optional package that this request needs is not installed."""
+
+
+class BudgetError(HfQuantError, ValueError):
+    """A budget of bits, bytes or accuracy that cannot be read, or that no allocation satisfies."""
+
+
+class SensitivityError(HfQuantError, ValueError):
+    """Sensitivities that cannot be estimated, or saved ones that belong to another model, data or set of schemes."""

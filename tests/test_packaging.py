@@ -100,7 +100,7 @@ def test_the_wheel_holds_what_the_package_needs(wheel: Path) -> None:
     wanted = {name for name in sources if "__pycache__" not in name} - {moved}
     assert {"hf_quant/py.typed", "hf_quant/cli/app.py"} <= wanted
     assert wanted <= names
-    assert any(name.startswith("hf_quant/evaluation/data/") and name.endswith(".txt") for name in names)
+    assert any(name.startswith("hf_quant/texts/data/") and name.endswith(".txt") for name in names)
     assert register == (ROOT / moved).read_bytes()
     assert template == (ROOT / "model_cards/template.md").read_bytes()
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
