@@ -11,6 +11,7 @@ from typing import Any
 from hf_quant.card_text import LayerRow, amount, listing, one_line, significant
 from hf_quant.errors import DependencyError
 from hf_quant.evaluation.results import EvaluationResult, TextResult
+from hf_quant.quantize.allocate import Allocation
 
 PAGE = "#f6f7f9"
 INK = "#24292f"
@@ -49,6 +50,54 @@ def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plo
         if (blocks := _blocks(rows)) is not None:
             plots.append(_bytes_by_block(*blocks))
     return plots
+
+
+def draw_budget(
+    allocation: Allocation, measured: Sequence[tuple[str, float, float]] = (), limit: tuple[str, float] | None = None
+) -> Plot:
+    """The Pareto curve that a budget chose from: predicted KL against bits per weight, and what was measured.
+
+    Args:
+        allocation: the chosen one, with its curve.
+        measured: (name, bits per weight, measured KL in nats per token) of models that were quantized, named in the
+            legend.
+        limit: ("bits", bits per weight) or ("kl", nats per token): a line at the budget.
+
+    Raises:
+        DependencyError: matplotlib is missing.
+    """
+    figure, axes = _figure(3.0)
+    curve = [(p.bits_per_weight, p.predicted_kl) for p in allocation.curve if p.predicted_kl > 0]
+    axes.plot(*zip(*curve, strict=True), color=FLOAT, linewidth=1.8, marker=".", markersize=4, label="best predicted")
+    if limit is not None:
+        line = axes.axvline if limit[0] == "bits" else axes.axhline
+        line(limit[1], color=PALETTE[1], linewidth=1.2, linestyle="--", label="budget")
+    axes.plot(
+        [allocation.bits_per_weight],
+        [allocation.predicted_kl],
+        "o",
+        color=QUANTIZED,
+        markersize=8,
+        label="chosen",
+    )
+    for i, (name, bits, kl) in enumerate(measured):
+        color, marker = PALETTE[(i + 2) % len(PALETTE)], "DsvP^X"[i % 6]
+        axes.plot(
+            [bits], [kl], marker, color=color, markersize=6.5, linestyle="none", label=_label(name, f"model {i + 1}")
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="y", which="minor", length=0, labelleft=False)
+    axes.set_xlabel("bits per weight over the linear layers (codes, scales; float counts 16)", fontsize=9)
+    axes.set_ylabel("KL(float ‖ quantized), nats per token", fontsize=9)
+    axes.grid(color=FAINT, linewidth=0.8)
+    _legend(axes, 3)
+    return _finish(
+        figure,
+        "budget",
+        f"Predicted KL against bits per weight: {significant(allocation.predicted_kl)} nats per token at "
+        f"{allocation.bits_per_weight:.2f} bits was chosen",
+    )
 
 
 def _divergence(texts: Sequence[TextResult]) -> Plot:
