@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_quant.calibration import CalibrationData
 from hf_quant.card_metadata import INHERITED_KEYS, read_base_card
 from hf_quant.checkpoint import (
     atomic_directory,
@@ -23,15 +24,19 @@ from hf_quant.checkpoint import (
     write_manifest,
 )
 from hf_quant.checkpoint.contents import MANIFEST_FILE, SIDE_FILES
+from hf_quant.checkpoint.journal import discard
 from hf_quant.config import HfQuantConfig
 from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.formats import FORMATS
+from hf_quant.integrations.calibrated import Session, run_on_model
+from hf_quant.integrations.calibrated import session as session_of
 from hf_quant.integrations.transformers import HfQuantQuantizer, prepare, publish, requested_kernel
-from hf_quant.nn.swap import put_quantized, quantized_modules
-from hf_quant.plan import make_plan
+from hf_quant.nn.swap import put_quantized, put_vectors, quantized_modules
+from hf_quant.plan import Plan, PlannedLayer, make_plan
 from hf_quant.provenance import KEY, plan_rows
 from hf_quant.quantize.weight import quantize_weight
 from hf_quant.skeleton import model_class, read_settings
+from hf_quant.tensor import QuantizedTensor
 
 logger = logging.getLogger("hf_quant")
 
@@ -59,20 +64,28 @@ def quantize(
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    calibration: CalibrationData | None = None,
+    session: Session | None = None,
 ) -> PreTrainedModel:
     """Quantize a model, and save it when ``output_dir`` is given.
+
+    A calibrated run (``method="gptq"``, presets ``balanced`` and ``best``) of files with an ``output_dir`` keeps a
+    journal beside it: after a kill, the same call goes on where it stopped and ends with the same bytes.
 
     Args:
         model: a float model in memory (its linear layers are replaced in place), or a directory or Hub id, which is
             read tensor by tensor: at no moment is the whole float model held.
         config: what to do; the default is 4-bit, symmetric, groups of 32, data-free adaptive scales.
         output_dir: where the checkpoint goes, whole or not at all.
-        tokenizer: saved beside a model in memory; for a directory its tokenizer files are copied.
+        tokenizer: saved beside a model in memory, which is calibrated with it; for a directory its tokenizer files
+            are used and copied.
         device: where the quantized model lives and where the work is done (default: CPU, or where the model is).
         dtype: of everything that stays in float; ``auto`` is the checkpoint's own.
         revision: of a Hub id.
         overwrite: replace an existing checkpoint in ``output_dir``.
         trust_remote_code: run model code that comes with the checkpoint.
+        calibration: data to calibrate on, instead of what ``config.calibration`` names.
+        session: callbacks for progress.
 
     Returns:
         The quantized model, ready to run.
@@ -83,21 +96,35 @@ def quantize(
     config = config or HfQuantConfig()
     if output_dir is not None:
         check_output(Path(output_dir), overwrite)
+    if calibration is not None and config.calibration is None:
+        raise ConfigError(f"calibration data is given, but method={config.method} uses none.", "use preset='balanced'.")
     source: str | None = None
-    if isinstance(model, nn.Module):
-        quantized = _quantize_in_memory(model, config, device)
-    else:
-        source = os.fspath(model)
-        quantized = _quantize_on_load(
-            source, config, output_dir is not None, device, dtype, revision, trust_remote_code
-        )
+    current = replace(session or Session())
+    current.data = calibration or current.data
+    with session_of(current):
+        if isinstance(model, nn.Module):
+            quantized = _quantize_in_memory(model, config, device, tokenizer)
+        else:
+            source = os.fspath(model)
+            if output_dir is not None and current.journal is None:
+                current.journal = journal_beside(Path(output_dir))
+            quantized = _quantize_on_load(
+                source, config, output_dir is not None, device, dtype, revision, trust_remote_code
+            )
     if output_dir is not None:
         files = None if source is None else _side_files(source, revision)
         origin = str(files or getattr(quantized.config, "_name_or_path", None) or "")
         if origin:
             _record_base(quantized, Path(origin))
         save(quantized, output_dir, tokenizer, overwrite=overwrite, side_files=files)
+        if current.journal is not None:
+            discard(current.journal)
     return quantized
+
+
+def journal_beside(output_dir: Path) -> Path:
+    """Where a calibrated run into ``output_dir`` keeps its journal until it is done."""
+    return output_dir.parent / f".{output_dir.name}.journal"
 
 
 def save(
@@ -211,27 +238,26 @@ def _record_base(model: PreTrainedModel, files: Path) -> None:
     setattr(model.config, KEY, provenance)
 
 
-def _quantize_in_memory(model: nn.Module, config: HfQuantConfig, device: str | torch.device | None) -> PreTrainedModel:
+def _quantize_in_memory(
+    model: nn.Module, config: HfQuantConfig, device: str | torch.device | None, tokenizer: Any
+) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"{type(model).__name__} is not a transformers model.", "pass a PreTrainedModel or a path.")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ConfigError(f"{type(model).__name__} is quantized already.", "start from the float model.")
     plan = make_plan(model, config)
     # every weight is quantized before any is replaced: a bad one leaves the model as it was
-    tensors = {}
-    for layer in plan.quantized:
-        assert layer.scheme is not None
-        weight = model.get_parameter(f"{layer.name}.weight").detach().to(device)
-        tensors[layer.name] = quantize_weight(
-            weight.t().contiguous() if layer.kind == "Conv1D" else weight,
-            layer.scheme,
-            layer.method,
-            scale_dtype=getattr(torch, plan.scale_dtype),
-            name=layer.name,
-        )
+    quantizer = HfQuantQuantizer(config, pre_quantized=False)
+    if config.calibration is not None:
+        calibrated = run_on_model(model, plan, config, tokenizer)
+        tensors = {layer.name: calibrated.journal.tensor(layer.name).to(device or "cpu") for layer in plan.quantized}
+        put_vectors(model, calibrated.journal.floats())
+        quantizer.note_calibrated(calibrated)
+        calibrated.close()
+    else:
+        tensors = {layer.name: _quantize_layer(model, plan, layer, device) for layer in plan.quantized}
     for name in list(tensors):
         put_quantized(model, name, tensors.pop(name), config.kernel)
-    quantizer = HfQuantQuantizer(config, pre_quantized=False)
     quantizer.plan, quantizer.format_name = plan, plan.format
     model.hf_quantizer = quantizer
     if device is not None:
@@ -239,6 +265,20 @@ def _quantize_in_memory(model: nn.Module, config: HfQuantConfig, device: str | t
     publish(model, quantizer)
     prepare(model)
     return model
+
+
+def _quantize_layer(
+    model: PreTrainedModel, plan: Plan, layer: PlannedLayer, device: str | torch.device | None
+) -> QuantizedTensor:
+    assert layer.scheme is not None
+    weight = model.get_parameter(f"{layer.name}.weight").detach().to(device)
+    return quantize_weight(
+        weight.t().contiguous() if layer.kind == "Conv1D" else weight,
+        layer.scheme,
+        layer.method,
+        scale_dtype=getattr(torch, plan.scale_dtype),
+        name=layer.name,
+    )
 
 
 def _quantize_on_load(
@@ -288,7 +328,7 @@ def _from_pretrained(
 
 def _plan_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
     """The plan for the manifest; a re-loaded model's own manifest says more than can be read from its files."""
-    rows = plan_rows(model.hf_quantizer.plan)
+    rows = plan_rows(model.hf_quantizer.plan, getattr(model.hf_quantizer, "results", ()))
     source = Path(getattr(model.config, "_name_or_path", "") or "")
     if isinstance(model.hf_quantizer, HfQuantQuantizer) or not (source / MANIFEST_FILE).is_file():
         return rows

@@ -21,8 +21,17 @@ LEAVE_IN_FLOAT = "float"
 DEFAULT_GROUP = {4: 32, 8: 128}
 DEFAULT_TABLE_GROUP = 64
 SCHEME_KEYS = ("bits", "grid", "symmetric", "group_size", "double_quant", "method")
+CALIBRATED = "gptq"  # the method that needs data
 
-MethodName = Literal["search", "absmax"]
+MethodName = Literal["search", "absmax", "gptq"]
+PresetName = Literal["fast", "balanced", "best"]
+# what each preset means where the user says nothing else
+_PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "search"},
+    "balanced": {"method": CALIBRATED, "samples": 32},
+    "best": {"method": CALIBRATED, "samples": 128, "tuning": {}},
+}
+PRESETS = tuple(_PRESETS)
 
 
 class _LayerRequest(BaseModel):
@@ -38,6 +47,41 @@ class _LayerRequest(BaseModel):
     method: MethodName | None = None
 
 
+class Calibration(BaseModel):
+    """What the model is run on to calibrate it.
+
+    Attributes:
+        source: ``self`` (text sampled from the model), ``docs``, ``prose``, a file, ``hub:...``, ``images:DIR`` or
+            ``audio:DIR``; see :func:`hf_quant.calibration.load_calibration`.
+        samples: sequences, images or clips.
+        length: tokens per sequence.
+        seed: of the sampling.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    source: str = Field(default="self", min_length=1)
+    samples: int = Field(default=32, ge=2)
+    length: int = Field(default=512, ge=8)
+    seed: int = Field(default=0, ge=0)
+
+
+class Tuning(BaseModel):
+    """End-to-end distillation of scales, norms and biases against the float model, after the layers are quantized.
+
+    Attributes:
+        steps: optimizer steps; each sees ``batch`` sequences.
+        learning_rate: of the scales, as a share of each scale; norms and biases take a tenth of it.
+        batch: sequences per step.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    steps: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=0.1)
+    batch: int = Field(default=4, ge=1)
+
+
 class _Request(_LayerRequest):
     overrides: dict[str, _LayerRequest | Literal["float"]] = Field(default_factory=dict)
     skip: list[str] = Field(default_factory=list)
@@ -45,6 +89,9 @@ class _Request(_LayerRequest):
     scale_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     kernel: str = "auto"
     dequantize: bool = False
+    preset: PresetName | None = None
+    calibration: Calibration | None = None
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +111,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         symmetric: without zero points (default); False adds a zero point per group (grid ``int`` only).
         group_size: input columns that share a scale; -1 is per output channel. Default: 32 at 4 bits, 128 at 8 bits, 64
             on the table grids.
-        method: ``search`` (default: data-free adaptive scales) or ``absmax`` (the round-to-nearest baseline; min/max
-            when asymmetric).
+        method: ``search`` (default: data-free adaptive scales), ``gptq`` (calibrated: Hessian-guided rounding towards
+            the float model's outputs) or ``absmax`` (the round-to-nearest baseline; min/max when asymmetric).
         double_quant: store the scales of a table grid as 8-bit codes (default for nf4 and fp4).
         overrides: per-module changes: ``{pattern: {key: value, ...}}`` or ``{pattern: "float"}``. An exact module name
             wins over every other pattern; the rest are tried in order: ``re:`` + a regular expression that matches the
@@ -78,6 +125,10 @@ class HfQuantConfig(QuantizationConfigMixin):
             representable in every dtype that stock loaders cast to).
         kernel: ``auto``, ``reference``, ``cpu`` or ``bitsandbytes``.
         dequantize: when loading a quantized checkpoint, expand it to a plain float model.
+        preset: ``fast`` (data-free, seconds), ``balanced`` (calibrated) or ``best`` (calibrated on more data, then
+            tuned end to end): fills ``method``, ``calibration`` and ``tuning`` where they are not given.
+        calibration: keys of :class:`Calibration`, for method ``gptq``.
+        tuning: keys of :class:`Tuning`: distil scales and norms at the end; needs method ``gptq``.
 
     Raises:
         ConfigError: an unknown key, a wrong type or value, or a contradiction.
@@ -97,6 +148,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         scale_dtype: str = "auto",
         kernel: str = "auto",
         dequantize: bool = False,
+        preset: str | None = None,
+        calibration: Mapping[str, Any] | None = None,
+        tuning: Mapping[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -124,9 +178,14 @@ class HfQuantConfig(QuantizationConfigMixin):
                 "scale_dtype": scale_dtype,
                 "kernel": kernel,
                 "dequantize": dequantize,
+                "preset": preset,
+                "calibration": calibration,
+                "tuning": tuning,
             },
             "config",
         )
+        meaning = _PRESETS.get(request.preset or "", {})
+        request.method = request.method or meaning.get("method")
         self.quant_method = QUANT_METHOD
         default = _complete(request, None, "config")
         self.bits = default.scheme.bits
@@ -144,7 +203,28 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.scale_dtype = request.scale_dtype
         self.kernel = request.kernel
         self.dequantize = request.dequantize
+        self.preset = request.preset
         self._check_overrides()
+        self._settle_calibration(request, meaning)
+
+    def _settle_calibration(self, request: _Request, meaning: dict[str, Any]) -> None:
+        """Fill the sections of the calibrated method, or say that they have no use."""
+        requests = [self.default, *filter(None, map(self.override, self.overrides))]
+        self.calibration: dict[str, Any] | None = None
+        self.tuning: dict[str, Any] | None = None
+        if any(found.method == CALIBRATED for found in requests):
+            given = request.calibration.model_dump(exclude_unset=True) if request.calibration else {}
+            samples = {"samples": meaning["samples"]} if "samples" in meaning else {}
+            self.calibration = Calibration(**{**samples, **given}).model_dump()
+            tuning = request.tuning or ("tuning" in meaning and Tuning())
+            self.tuning = tuning.model_dump() if tuning else None
+            return
+        for section in ("calibration", "tuning"):
+            if getattr(request, section) is not None:
+                raise ConfigError(
+                    f"{section} is given, but no layer has method={CALIBRATED}.",
+                    f"use preset=balanced or best, or method={CALIBRATED}; or drop {section}.",
+                )
 
     @property
     def default(self) -> LayerRequest:
@@ -203,7 +283,17 @@ class HfQuantConfig(QuantizationConfigMixin):
     __hash__ = None  # type: ignore[assignment]
 
 
-_OTHER_KEYS = ("overrides", "skip", "on_indivisible", "scale_dtype", "kernel", "dequantize")
+_OTHER_KEYS = (
+    "overrides",
+    "skip",
+    "on_indivisible",
+    "scale_dtype",
+    "kernel",
+    "dequantize",
+    "preset",
+    "calibration",
+    "tuning",
+)
 
 
 def _raise_unknown(key: str, known: Sequence[str]) -> None:
@@ -221,7 +311,9 @@ def _validate(model: type[_Request], data: dict[str, Any], where: str) -> _Reque
         first = error.errors()[0]
         location = [str(part) for part in first["loc"] if not str(part).startswith(("_LayerRequest", "literal["))]
         if first["type"] == "extra_forbidden":
-            _raise_unknown(location[-1], SCHEME_KEYS)
+            sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "tuning": Tuning}
+            section = sections.get(location[0])
+            _raise_unknown(location[-1], list(section.model_fields) if section else SCHEME_KEYS)
         raise ConfigError(
             f"{where} key {'.'.join(location)}={first['input']!r}: {first['msg']}.",
             "see `help(hf_quant.HfQuantConfig)`.",

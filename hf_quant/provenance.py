@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ KEY = "hf_quant"  # top-level key of config.json; stock loaders keep and ignore 
 
 
 def make_provenance(
-    plan: Plan, config: HfQuantConfig, base_model: str | None = None, base_revision: str | None = None
+    plan: Plan,
+    config: HfQuantConfig,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record, as JSON values.
 
@@ -24,6 +29,7 @@ def make_provenance(
         base_model: Hub id or path of the float model; of a path only the last part is kept, because the rest says
             something about somebody's machine and nothing about the model.
         base_revision: commit of the base model, when it is known.
+        data: what it was calibrated on (source, digest, samples, tokens, seed); None for data-free methods.
     """
     loading = config.get_loading_attributes()
     return {
@@ -33,7 +39,7 @@ def make_provenance(
         "recipe": {k: v for k, v in config.to_dict().items() if k not in loading},
         "base_model": public_name(base_model) if base_model else None,
         "base_revision": base_revision,
-        "data": None,
+        "data": None if data is None else dict(data),
         "scale_dtype": plan.scale_dtype,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "torch": importlib.metadata.version("torch"),
@@ -48,8 +54,19 @@ def public_name(model: str) -> str:
     return model
 
 
-def plan_rows(plan: Plan) -> list[dict[str, Any]]:
-    """The plan as JSON rows, for the manifest and the card."""
+def plan_rows(plan: Plan, results: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The plan as JSON rows, for the manifest and the card; ``results`` add what a calibrated run says."""
+    found = {result["name"]: result for result in results}
+    rows = _rows(plan)
+    for row in rows:
+        result = found.get(row["name"])
+        if result is not None:
+            row |= {"method": result["method"], "tokens": result["tokens"], "error": result["error"]}
+            row["note"] = "; ".join(filter(None, (row["note"], result["note"])))
+    return rows
+
+
+def _rows(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "name": layer.name,

@@ -60,13 +60,16 @@ class Quantize(_Shared):
     def _quantize(self, layer: QuantLinear, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         plan = self.hf_quantizer.plan
         assert plan is not None
-        tensor = quantize_weight(
-            weight.t().contiguous() if layer.transposed_source else weight,
-            layer.scheme,
-            self.hf_quantizer.method(name),
-            scale_dtype=getattr(torch, plan.scale_dtype),
-            name=name,
-        )
+        if self.hf_quantizer.calibrated is not None:
+            tensor = self.hf_quantizer.calibrated.journal.tensor(name).to(weight.device)
+        else:
+            tensor = quantize_weight(
+                weight.t().contiguous() if layer.transposed_source else weight,
+                layer.scheme,
+                self.hf_quantizer.method(name),
+                scale_dtype=getattr(torch, plan.scale_dtype),
+                name=name,
+            )
         self.hf_quantizer.done.add(name)
         return {f"{name}.{leaf}": parameter for leaf, parameter in layer.named_tensors(tensor).items()}
 

@@ -30,12 +30,14 @@ from hf_quant.integrations.conversions import Decode, Quantize, is_ours
 from hf_quant.integrations.stored import StoredModule, scale_dtype, stored_modules
 from hf_quant.kernels import registry
 from hf_quant.nn.linear import QuantLinear
-from hf_quant.nn.swap import float_shape, put_empty, put_float, quantized_modules
+from hf_quant.nn.swap import float_shape, put_empty, put_float, put_vectors, quantized_modules
 from hf_quant.plan import Plan, is_linear, make_plan, plan_of_checkpoint
 from hf_quant.provenance import KEY, make_provenance
 
 if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from hf_quant.integrations.calibrated import Calibrated
 
 logger = logging.getLogger("hf_quant")
 RUNTIME_VARIABLE = "HF_QUANT_RUNTIME"
@@ -176,11 +178,16 @@ class HfQuantQuantizer(_Runtime):
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.done: set[str] = set()  # layers whose float weight was found and quantized
+        self.calibrated: Calibrated | None = None  # the layers of a calibrated run, which is over before loading begins
+        self.data: dict[str, Any] | None = None  # what it was calibrated on
+        self.results: list[dict[str, Any]] = []  # what it says about each layer
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._check_files(model.config, kwargs.get("checkpoint_files"))
         self.plan = make_plan(model, self.quantization_config)
         self.format_name = self.plan.format
+        if self.quantization_config.calibration is not None:
+            self._calibrate(model)
         schemes = {layer.name: layer.scheme for layer in self.plan.quantized if layer.scheme}
         self._methods = {layer.name: layer.method for layer in self.plan.quantized}
         requested = self.quantization_config.kernel
@@ -197,6 +204,34 @@ class HfQuantQuantizer(_Runtime):
                 f"{missing[0]}.weight is not in the checkpoint ({len(missing)} such layers).",
                 "repair the checkpoint; layers that are meant to start from random values belong into skip.",
             )
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
+        # imported here: it needs transformers' models, and transformers imports this file while it makes them
+        from hf_quant.integrations.calibrated import run_on_files
+
+        assert self.plan is not None
+        config = model.config
+        with torch.device("cpu"):  # the loader makes its own model on the meta device
+            self.calibrated = run_on_files(
+                config.name_or_path,
+                type(model),
+                self.plan,
+                self.quantization_config,
+                revision=getattr(config, "_commit_hash", None),
+                trust_remote_code=type(model).__module__.startswith("transformers_modules"),
+            )
+        self.note_calibrated(self.calibrated)
+
+    def note_calibrated(self, calibrated: Calibrated) -> None:
+        """Keep what is recorded of a calibrated run."""
+        self.data, self.results = calibrated.data.record(), calibrated.journal.results()
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.calibrated is not None and self.failure is None:
+            put_vectors(model, self.calibrated.journal.floats())
+            self.calibrated.close()
+            self.calibrated = None
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, leaf = get_module_from_name(model, param_name)
@@ -292,7 +327,8 @@ def publish(model: PreTrainedModel, quantizer: _Runtime) -> None:
     if isinstance(quantizer.quantization_config, HfQuantConfig):
         source = getattr(config, "_name_or_path", None) or None
         revision = getattr(config, "_commit_hash", None)
-        setattr(config, KEY, make_provenance(plan, quantizer.quantization_config, source, revision))
+        data = getattr(quantizer, "data", None)
+        setattr(config, KEY, make_provenance(plan, quantizer.quantization_config, source, revision, data))
     try:
         # written anew for a checkpoint that was loaded, too: its config class keeps neither our marker nor, for a model
         # of another class, the right names

@@ -76,3 +76,10 @@ def put_float(model: nn.Module, dtype: torch.dtype) -> None:
                 plain.bias = nn.Parameter(layer.bias.detach().to(dtype))
         plain.train(layer.training)
         model.set_submodule(name, plain)
+
+
+@torch.no_grad()
+def put_vectors(model: nn.Module, vectors: Mapping[str, torch.Tensor]) -> None:
+    """Give float parameters (norms, biases) other values, rounded to the dtype that they have."""
+    for name, value in vectors.items():
+        model.get_parameter(name).copy_(value)

@@ -66,6 +66,43 @@ def values(codes: torch.Tensor, zero: torch.Tensor | None, scheme: Scheme) -> to
     return levels(scheme.grid, codes.device)[codes.to(torch.int32)]
 
 
+class Grid:
+    """Rounds one column after another onto the grid of a scheme: exact, and with the codes that are kept."""
+
+    def __init__(self, scheme: Scheme, device: torch.device) -> None:
+        self.steps = 2**scheme.bits - 1
+        self.middle = scheme.implied_zero_point
+        self.table: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        if scheme.grid != "int":
+            boundaries, order = _midpoints(scheme.grid)
+            ordered = levels(scheme.grid)[order.to(torch.int64)]
+            self.table = (boundaries.to(device), order.to(device), ordered.to(device))
+
+    def round(self, scaled: torch.Tensor, zero: torch.Tensor | None, codes: torch.Tensor) -> torch.Tensor:
+        """The nearest values at scale one, and their codes.
+
+        Args:
+            scaled: float32 ``[n]``, the weights divided by their scale; overwritten on the int grids.
+            zero: float32 integral zero point ``[n]``, or None for the grid's own.
+            codes: uint8 ``[n]``, written.
+
+        Returns:
+            float32 ``[n]``.
+        """
+        if self.table is not None:
+            boundaries, order, ordered = self.table
+            ranks = torch.bucketize(scaled, boundaries, out_int32=True)
+            codes.copy_(order.index_select(0, ranks))
+            return ordered.index_select(0, ranks)
+        if zero is None:
+            value = scaled.round_().clamp_(-self.middle, self.steps - self.middle)
+            codes.copy_(value + self.middle)
+        else:
+            value = scaled.round_().clamp_(-zero, self.steps - zero)
+            codes.copy_(value + zero)
+        return value
+
+
 @lru_cache(maxsize=4)
 def _midpoints(grid: GridName) -> tuple[torch.Tensor, torch.Tensor]:
     """Midpoints between the sorted levels ``[15]``, and the code of each sorted level ``[16]`` uint8."""

@@ -34,7 +34,7 @@ _SHRINK = {4: (1.0, 0.92, 0.84, 0.76), 8: (1.0, 0.99)}
 
 
 def search_scales(
-    groups: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+    groups: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, *, unbiased: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales (and zero points) that minimise the squared error of each group, weighted by ``importance``.
 
@@ -42,6 +42,8 @@ def search_scales(
         groups: float32 ``[n, group]``.
         scheme: the grid.
         importance: float32 ``[n, group]`` or broadcastable, positive; see :func:`default_importance`.
+        unbiased: keep the group's length (above); False keeps the least-squares scale, for a caller that carries the
+            error of each weight over to others.
 
     Returns:
         float32 scale ``[n]`` (any sign), and float32 integral zero point ``[n]`` on the asymmetric grid, else None.
@@ -53,7 +55,7 @@ def search_scales(
         _try_stretches(groups, scheme, best)
     for _ in range(REFINE_STEPS):
         best.offer(best.scale, best.zero)
-    return _unbiased(groups, importance, best), best.zero
+    return _unbiased(groups, importance, best) if unbiased else best.scale, best.zero
 
 
 def _unbiased(groups: torch.Tensor, importance: torch.Tensor | None, best: _Best) -> torch.Tensor:

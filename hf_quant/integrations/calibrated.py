@@ -1,0 +1,176 @@
+"""A calibrated run: data, the walk through a float model, and tuning; its result waits in a journal for the loader."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from hf_quant.calibration import CalibrationData, load_calibration
+from hf_quant.checkpoint import check_directory, file_sha256, weight_files
+from hf_quant.checkpoint.contents import SIDE_FILES
+from hf_quant.checkpoint.journal import Journal, open_journal
+from hf_quant.config import CALIBRATED, HfQuantConfig
+from hf_quant.integrations.shell import ModelWeights, open_shell
+from hf_quant.plan import Plan
+from hf_quant.quantize.distill import TuningStep, distill
+from hf_quant.quantize.sequential import Progress, Weights, calibrate
+from hf_quant.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+TUNED = "tuned"  # the unit of the journal that says that tuning is done, whether or not it changed anything
+
+
+@dataclass
+class Session:
+    """What the caller of a calibrated run adds to its config.
+
+    Attributes:
+        data: used instead of the config's ``calibration`` section.
+        journal: where the run records what is done, so that it can be resumed; default: a temporary directory.
+        on_data: called with the data before the walk.
+        on_layer: called after every layer of the walk.
+        on_tuning: called after every tuning step.
+        on_sampling: told what is being done, how much is done and of how much, while calibration data is made.
+    """
+
+    data: CalibrationData | None = None
+    journal: Path | None = None
+    on_data: Callable[[CalibrationData], None] | None = None
+    on_layer: Callable[[Progress], None] | None = None
+    on_tuning: Callable[[TuningStep], None] | None = None
+    on_sampling: Callable[[str, int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The result of a run: tensors and float parameters in a journal, and what they were made from."""
+
+    journal: Journal
+    data: CalibrationData
+    _stack: ExitStack = field(repr=False)
+
+    def close(self) -> None:
+        """Remove the journal where it was temporary."""
+        self._stack.close()
+
+
+_session: ContextVar[Session | None] = ContextVar("hf_quant_session", default=None)
+
+
+@contextmanager
+def session(current: Session) -> Iterator[Session]:
+    """Calibrated runs inside follow ``current``."""
+    token = _session.set(current)
+    try:
+        yield current
+    finally:
+        _session.reset(token)
+
+
+def is_calibrated(plan: Plan) -> bool:
+    """Whether any layer needs data."""
+    return any(layer.method == CALIBRATED for layer in plan.quantized)
+
+
+def run_on_files(
+    source: str,
+    kind: type[PreTrainedModel],
+    plan: Plan,
+    config: HfQuantConfig,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Calibrated:
+    """Quantize the layers of a float checkpoint (directory or Hub id) into a journal.
+
+    Args:
+        source: of the checkpoint.
+        kind: the model's class.
+        plan: made for a model of that class.
+        config: what to do.
+        revision: of a Hub id.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: damaged files, or a journal of a different run.
+        CalibrationError: data that cannot be had or does not fit the model.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = Path(snapshot_download(source, revision=revision, allow_patterns=[*SIDE_FILES, *_MODEL_FILES]))
+    check_directory(directory)
+    current = _session.get() or Session()
+    data = current.data or _load(config, current, directory=directory)
+    if current.on_data:
+        current.on_data(data)
+    fingerprint = _fingerprint(config, plan, data)
+    fingerprint["model"] = {name: file_sha256(directory / name) for name in weight_files(directory)}
+    with _journal(current, fingerprint) as (journal, stack):
+        model, weights = open_shell(directory, kind, plan, trust_remote_code)
+        _run(model, plan, config, data, weights, journal, current)
+        return Calibrated(journal, data, stack.pop_all())
+
+
+def run_on_model(model: PreTrainedModel, plan: Plan, config: HfQuantConfig, tokenizer: Any = None) -> Calibrated:
+    """Quantize the layers of a float model in memory into a journal; the model is left as it was.
+
+    Raises:
+        CalibrationError: as above; or the default data without a tokenizer to make it with.
+    """
+    current = _session.get() or Session()
+    data = current.data or _load(config, current, model=model, processor=tokenizer)
+    if current.on_data:
+        current.on_data(data)
+    with _journal(replace(current, journal=None), _fingerprint(config, plan, data)) as (journal, stack):
+        training = model.training
+        model.eval()
+        try:
+            _run(model, plan, config, data, ModelWeights(model), journal, current)
+        finally:
+            model.train(training)
+        return Calibrated(journal, data, stack.pop_all())
+
+
+def _run(
+    model: Any,
+    plan: Plan,
+    config: HfQuantConfig,
+    data: CalibrationData,
+    weights: Weights,
+    journal: Journal,
+    current: Session,
+) -> None:
+    calibrate(model, plan, data, weights, journal, progress=current.on_layer)
+    if config.tuning and not journal.finished(TUNED):
+        tensors, floats = distill(model, plan, data, weights, journal.tensor, config.tuning, progress=current.on_tuning)
+        journal.replace(TUNED, tensors, floats)
+
+
+def _load(config: HfQuantConfig, current: Session, **where: Any) -> CalibrationData:
+    asked = dict(config.calibration or {})
+    return load_calibration(asked.pop("source"), **{"directory": None, **where}, **asked, progress=current.on_sampling)
+
+
+def _fingerprint(config: HfQuantConfig, plan: Plan, data: CalibrationData) -> dict[str, Any]:
+    loading = config.get_loading_attributes()
+    recipe = {key: value for key, value in config.to_dict().items() if key not in loading}
+    versions = {"hf_quant": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"config": recipe, "data": data.record(), "scale_dtype": plan.scale_dtype, "versions": versions}
+
+
+@contextmanager
+def _journal(current: Session, fingerprint: dict[str, Any]) -> Iterator[tuple[Journal, ExitStack]]:
+    with ExitStack() as stack:
+        where = current.journal or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf-quant-")))
+        yield open_journal(where, fingerprint), stack

@@ -1,0 +1,391 @@
+"""The walk: every layer is calibrated on what reaches it through the layers that are quantized already.
+
+Two passes go through the model side by side for every batch: one with the float weights and one with the quantized
+weights so far. Both stop at each layer to be quantized (:mod:`hf_quant.quantize.streams`). The layer's inputs in both
+are summed up, its weight is aimed at the float model's output, rounded under the Hessian of the quantized inputs, and
+both passes go on, each with its own weight. One float weight is in memory at a time; the activations of all batches are
+those of a single point of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from hf_quant.calibration.data import CalibrationData
+from hf_quant.calibration.statistics import Moments, token_rows
+from hf_quant.errors import CalibrationError
+from hf_quant.plan import Plan, PlannedLayer
+from hf_quant.quantize.blocks import Block, find_blocks
+from hf_quant.quantize.gptq import Factor, factorize, round_weight
+from hf_quant.quantize.streams import Residual, Stream, Trace, watched
+from hf_quant.quantize.target import correct
+from hf_quant.quantize.weight import quantize_weight
+from hf_quant.tensor import QuantizedTensor
+
+logger = logging.getLogger("hf_quant")
+CALIBRATED = "gptq"
+FALLBACK = "search"
+FEW_TOKENS = 32  # a layer that saw fewer is quantized without data
+HELD_OUT = 8  # one batch of so many judges the corrections
+
+
+class Weights(Protocol):
+    """Where float weights come from, one at a time."""
+
+    def weight(self, layer: PlannedLayer) -> torch.Tensor:
+        """float32 ``[out, in]``, also of a Conv1D."""
+
+
+class Record(Protocol):
+    """Where quantized weights go, block by block, and where those of an earlier run are found."""
+
+    def finished(self, unit: str) -> bool: ...
+
+    def tensor(self, layer: str) -> QuantizedTensor: ...
+
+    def add(self, unit: str, tensors: Mapping[str, QuantizedTensor], reports: Sequence[LayerResult]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer.
+
+    Attributes:
+        name: of the layer.
+        method: how it was quantized (a layer that saw no data: data-free).
+        tokens: rows that its statistics come from.
+        error: |quantized - wanted|^2 / |float output|^2 on the calibration data; None without data.
+        gain: share of the output error that aiming at the float model removed before rounding (held-out tokens).
+        note: why it was not calibrated, or had to be damped; else empty.
+    """
+
+    name: str
+    method: str
+    tokens: int = 0
+    error: float | None = None
+    gain: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One more layer is done."""
+
+    result: LayerResult
+    done: int
+    total: int
+    seconds: float
+    resumed: bool = False
+
+    @property
+    def remaining(self) -> float:
+        """Expected seconds to the end."""
+        return self.seconds / self.done * (self.total - self.done)
+
+
+@dataclass
+class _Pair:
+    """The two passes of one batch."""
+
+    exact: Stream
+    quantized: Stream
+    mask: dict[tuple[int, ...], torch.Tensor]
+    held_out: bool
+
+    def at(self, layer: str) -> tuple[Stream, ...]:
+        return tuple(stream for stream in (self.exact, self.quantized) if stream.layer == layer)
+
+
+@dataclass
+class _Shared:
+    """Statistics of one input, kept while layers that read the same input follow each other."""
+
+    inputs: list[Any]
+    train: Moments
+    held_out: Moments
+    factors: dict[tuple[int, ...], Factor] = field(default_factory=dict)
+
+
+def calibrate(
+    model: nn.Module,
+    plan: Plan,
+    data: CalibrationData,
+    weights: Weights,
+    record: Record,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[LayerResult]:
+    """Quantize every layer of the plan, in the order in which the model uses them, into ``record``.
+
+    Args:
+        model: float32, in eval mode; the planned layers may be placeholders that have a ``bias`` and nothing else.
+        plan: made for this model.
+        data: batches of keyword arguments of the model's forward.
+        weights: the float weights of the planned layers.
+        record: gets the quantized tensors; layers of units that it has already are not quantized again.
+        progress: called after every layer.
+
+    Returns:
+        One result per planned layer that this run quantized, in order.
+
+    Raises:
+        CalibrationError: the model does not run on the data, or gives values that are not finite.
+    """
+    with torch.no_grad():
+        return _Walk(model, plan, data, weights, record, progress).run()
+
+
+class _Walk:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        data: CalibrationData,
+        weights: Weights,
+        record: Record,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.model, self.plan, self.weights, self.record = model, plan, weights, record
+        self.data = data
+        if len(data.batches) == 1 and data.samples > 1:  # or nothing could be held out
+            train, held_out = data.split(max(1, data.samples // HELD_OUT))
+            self.data = replace(data, batches=train.batches + held_out.batches)
+        self.progress = progress or (lambda step: None)
+        self.layers = {layer.name: layer for layer in plan.quantized}
+        self.rank = {name: index for index, name in enumerate(self.layers)}
+        self.blocks = find_blocks(model, list(self.layers))
+        self.unit_of = {name: name for name in self.layers}
+        self.unit_of |= {name: block.name for block in self.blocks for name in block.layers}
+        self.device = next(model.parameters()).device
+        self.scale_dtype: torch.dtype = getattr(torch, plan.scale_dtype)
+        self.done: dict[str, LayerResult] = {}
+        self.tensors: dict[str, QuantizedTensor] = {}  # of units that are not in the record yet
+        self.shared: _Shared | None = None
+        self.residuals: dict[str, Residual] = {}
+        self.lost: set[str] = set()
+        self.active: Stream | None = None
+        self.started = time.perf_counter()
+
+    def run(self) -> list[LayerResult]:
+        cached = getattr(self.model.config, "use_cache", None)
+        hooks = [
+            self.model.get_submodule(block.name).register_forward_pre_hook(self._entering(block), with_kwargs=True)
+            for block in self.blocks
+        ]
+        pairs: list[_Pair] = []
+        try:
+            if cached is not None:
+                self.model.config.use_cache = False  # type: ignore[union-attr]
+            with watched(self.model, self.layers):
+                self._scout()
+                pairs = [self._pair(index) for index in range(len(self.data.batches))]
+                for pair in pairs:
+                    for stream in (pair.exact, pair.quantized):
+                        self._advance(stream, None)
+                while len(self.done) < len(self.layers):
+                    waiting = {s.layer for pair in pairs for s in (pair.exact, pair.quantized) if s.layer}
+                    if not waiting:
+                        break
+                    self._visit(min(waiting, key=self.rank.__getitem__), pairs)
+        finally:
+            for pair in pairs:
+                pair.exact.close()
+                pair.quantized.close()
+            for hook in hooks:
+                hook.remove()
+            if cached is not None:
+                self.model.config.use_cache = cached  # type: ignore[union-attr]
+        for name in self.layers:
+            if name not in self.done and not self.record.finished(self.unit_of[name]):
+                self._quantize(name, None)
+        for unit in dict.fromkeys(self.unit_of[name] for name in self.tensors):
+            self._flush(unit)
+        return list(self.done.values())
+
+    def _visit(self, name: str, pairs: Sequence[_Pair]) -> None:
+        """All passes that wait at a layer: quantize it if it is not yet, and send them on."""
+        layer = self.layers[name]
+        weight = self.weights.weight(layer).to(self.device)
+        if name not in self.done:
+            if self.record.finished(self.unit_of[name]):
+                self._count(LayerResult(name, layer.method), resumed=True)
+            else:
+                self._leave_units(self.unit_of[name])
+                self._quantize(name, self._statistics(name, pairs), weight)
+        rounded = (self.tensors[name] if name in self.tensors else self.record.tensor(name)).to(self.device)
+        values = rounded.dequantize()
+        bias = self._bias(name)
+        for pair in pairs:
+            for stream in pair.at(name):
+                inputs = stream.inputs
+                assert inputs is not None
+                used = values if stream is pair.quantized else weight
+                self._advance(stream, linear(inputs, used.to(inputs.dtype), bias))
+
+    def _statistics(self, name: str, pairs: Sequence[_Pair]) -> _Shared:
+        """The moments of a layer's inputs; those of the layer before when both read the very same tensors."""
+        present = [pair for pair in pairs if pair.quantized.layer == name]
+        inputs = [s.inputs for pair in present for s in (pair.exact, pair.quantized) if s.layer == name]
+        before = self.shared
+        if (
+            before is not None
+            and name not in self.residuals
+            and before.train.residual is None
+            and len(before.inputs) == len(inputs)
+            and all(a is b for a, b in zip(before.inputs, inputs, strict=True))
+        ):
+            return before
+        self.shared = None
+        width = self.layers[name].shape[1]
+        train, held_out = Moments.zeros(width, self.device), Moments.zeros(width, self.device)
+        for pair in present:
+            seen = pair.quantized.inputs
+            assert seen is not None
+            exact = pair.exact.inputs if pair.exact.layer == name else None
+            if exact is not None and exact.shape != seen.shape:
+                exact = None
+            mask = pair.mask.get(tuple(seen.shape[:-1]))
+            (held_out if pair.held_out else train).add(
+                token_rows(seen, mask),
+                None if exact is None else token_rows(exact, mask),
+                self._gap(name, pair, seen, mask),
+            )
+        self.shared = _Shared(inputs, train, held_out)
+        return self.shared
+
+    def _gap(self, name: str, pair: _Pair, seen: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Float minus quantized residual stream ``[n, out]`` of a layer that adds to one."""
+        if pair.exact.layer != name:
+            return None
+        exact, quantized = pair.exact.residual, pair.quantized.residual
+        expected = (*seen.shape[:-1], self.layers[name].shape[0])
+        if exact is None or quantized is None or tuple(exact.shape) != expected or exact.shape != quantized.shape:
+            return None
+        return token_rows(exact.to(torch.float32) - quantized.to(torch.float32), mask)
+
+    def _quantize(self, name: str, shared: _Shared | None, weight: torch.Tensor | None = None) -> None:
+        layer = self.layers[name]
+        assert layer.scheme is not None
+        if weight is None:
+            weight = self.weights.weight(layer).to(self.device)
+        tokens = shared.train.tokens + shared.held_out.tokens if shared is not None else 0
+        if layer.method != CALIBRATED or shared is None or tokens < FEW_TOKENS:
+            method = layer.method if layer.method != CALIBRATED else FALLBACK
+            note = "" if layer.method != CALIBRATED else f"only {tokens} calibration tokens reached it: data-free"
+            tensor = quantize_weight(weight, layer.scheme, method, scale_dtype=self.scale_dtype, name=name)
+            self.tensors[name] = tensor
+            self._count(LayerResult(name, method, tokens, note=note))
+            return
+        if not torch.isfinite(weight.sum()):
+            quantize_weight(weight, layer.scheme, FALLBACK, name=name)  # raises what it raises everywhere
+        moments = shared.train.plus(shared.held_out)
+        group = layer.scheme.group(layer.shape[1])
+        key = (group,)
+        if key not in shared.factors:
+            shared.factors[key] = factorize(moments.hessian, group, name)
+        factor = shared.factors[key]
+        target = correct(weight, shared.train, shared.held_out)
+        rounded = round_weight(target.weight, layer.scheme, factor, scale_dtype=self.scale_dtype)
+        size = float(((moments.hessian @ weight.t()) * weight.t()).sum())
+        self.tensors[name] = rounded.tensor
+        note = f"damped by {factor.damping:g}" if factor.damping > 0.05 else ""
+        error = rounded.loss / size if size > 0 else 0.0
+        self._count(LayerResult(name, CALIBRATED, tokens, error, target.gain, note))
+
+    def _count(self, result: LayerResult, resumed: bool = False) -> None:
+        self.done[result.name] = result
+        seconds = time.perf_counter() - self.started
+        self.progress(Progress(result, len(self.done), len(self.layers), seconds, resumed))
+
+    def _leave_units(self, entering: str) -> None:
+        """Hand over the tensors of a unit all of whose layers are done (a shared layer may keep one open)."""
+        for unit in {self.unit_of[name] for name in self.tensors} - {entering}:
+            members = [name for name in self.layers if self.unit_of[name] == unit]
+            if all(name in self.done for name in members):
+                self._flush(unit)
+
+    def _flush(self, unit: str) -> None:
+        members = [name for name in self.tensors if self.unit_of[name] == unit]
+        self.record.add(unit, {name: self.tensors[name] for name in members}, [self.done[name] for name in members])
+        for name in members:
+            del self.tensors[name]
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def _pair(self, index: int) -> _Pair:
+        batch = self.data.batches[index]
+        masks = {
+            tuple(v.shape): v.to(self.device) for k, v in batch.items() if k.endswith("attention_mask") and v.ndim == 2
+        }
+        held_out = len(self.data.batches) > 1 and index % HELD_OUT == min(HELD_OUT, len(self.data.batches)) - 1
+        return _Pair(self._stream(index), self._stream(index), masks, held_out)
+
+    def _stream(self, index: int, learn: bool = False) -> Stream:
+        batch = {name: value.to(self.device) for name, value in self.data.batches[index].items()}
+
+        def run() -> None:
+            self.model(**batch)
+
+        return Stream(run, Trace(self.residuals, self.lost, learn))
+
+    def _advance(self, stream: Stream, output: torch.Tensor | None) -> None:
+        self.active = stream
+        try:
+            stream.advance(output)
+        except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+            raise CalibrationError(
+                f"{type(self.model).__name__} does not run on the calibration data ({self.data.source}): {error}",
+                "give data that fits this model (text, images: or audio:), or a smaller length.",
+            ) from error
+        finally:
+            self.active = None
+
+    def _entering(self, block: Block) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+            if self.active is not None:
+                self.active.enter(block.name, found)
+
+        return enter
+
+    def _scout(self) -> None:
+        """Run one batch through the first block of every kind, to learn which layers add to a residual stream."""
+        unseen = {block.kind for block in self.blocks}
+        if not unseen:
+            return
+        scout = self._stream(0, learn=True)
+        trace = scout._trace
+        assert trace is not None
+        self._advance(scout, None)
+        kinds = {block.name: block.kind for block in self.blocks}
+        first: dict[str, Block] = {}
+        for block in self.blocks:
+            first.setdefault(block.kind, block)
+        while scout.layer is not None and unseen:
+            name = scout.layer
+            inputs = scout.inputs
+            assert inputs is not None
+            weight = self.weights.weight(self.layers[name]).to(self.device)
+            self._advance(scout, linear(inputs, weight.to(inputs.dtype), self._bias(name)))
+            left, now = self.unit_of[name], None if scout.layer is None else self.unit_of[scout.layer]
+            if left != now and left in kinds:
+                unseen.discard(kinds[left])
+        scout.close()
+        for block in self.blocks:
+            model_block = first[block.kind].name
+            for name in block.layers:
+                found = trace.found.get(model_block + name.removeprefix(block.name))
+                if found is not None:
+                    self.residuals[name] = found
+
+    def _bias(self, name: str) -> torch.Tensor | None:
+        bias = getattr(self.model.get_submodule(name), "bias", None)
+        return bias if isinstance(bias, torch.Tensor) else None
