@@ -67,8 +67,11 @@ def draw_budget(
         DependencyError: matplotlib is missing.
     """
     figure, axes = _figure(3.0)
-    curve = [(p.bits_per_weight, p.predicted_kl) for p in allocation.curve if p.predicted_kl > 0]
-    axes.plot(*zip(*curve, strict=True), color=FLOAT, linewidth=1.8, marker=".", markersize=4, label="best predicted")
+    # the way from 8 bits to float is long and of little interest
+    last = max(9.0, 1.3 * allocation.bits_per_weight, *(1.1 * bits for _, bits, _ in measured))
+    curve = [p for p in allocation.curve if p.predicted_kl > 0 and p.bits_per_weight <= last]
+    bits_of, loss_of = [p.bits_per_weight for p in curve], [p.predicted_kl for p in curve]
+    axes.plot(bits_of, loss_of, color=FLOAT, linewidth=1.8, label="best predicted")
     if limit is not None:
         line = axes.axvline if limit[0] == "bits" else axes.axhline
         line(limit[1], color=PALETTE[1], linewidth=1.2, linestyle="--", label="budget")
@@ -77,7 +80,10 @@ def draw_budget(
         [allocation.predicted_kl],
         "o",
         color=QUANTIZED,
-        markersize=8,
+        markersize=9,
+        markerfacecolor="none",
+        markeredgewidth=2,
+        linestyle="none",
         label="chosen",
     )
     for i, (name, bits, kl) in enumerate(measured):
