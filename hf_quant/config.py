@@ -70,14 +70,14 @@ class Tuning(BaseModel):
     """End-to-end distillation of scales, norms and biases against the float model, after the layers are quantized.
 
     Attributes:
-        steps: optimizer steps; each sees ``batch`` sequences.
+        steps: optimizer steps; each sees ``batch`` sequences. 0 is no tuning.
         learning_rate: of the scales, as a share of each scale; norms and biases take a tenth of it.
         batch: sequences per step.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    steps: int = Field(default=128, ge=1)
+    steps: int = Field(default=128, ge=0)
     learning_rate: float = Field(default=1e-3, gt=0, le=0.1)
     batch: int = Field(default=4, ge=1)
 
@@ -217,7 +217,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             samples = {"samples": meaning["samples"]} if "samples" in meaning else {}
             self.calibration = Calibration(**{**samples, **given}).model_dump()
             tuning = request.tuning or ("tuning" in meaning and Tuning())
-            self.tuning = tuning.model_dump() if tuning else None
+            self.tuning = tuning.model_dump() if tuning and (tuning.steps or "tuning" in meaning) else None
             return
         for section in ("calibration", "tuning"):
             if getattr(request, section) is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_quant.config import HfQuantConfig
 
 QUANTIZING = "What to quantize, and how"
+CALIBRATING = "Calibration"
 RUNNING = "Where and how to run"
 
 Bits = Annotated[int | None, typer.Option(help="Bits per code: 4 (default) or 8.", rich_help_panel=QUANTIZING)]
@@ -54,8 +55,47 @@ DoubleQuant = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help="search: data-free adaptive scales. absmax: round to nearest, the baseline. [dim]Default: search.[/dim]",
+        help="gptq: calibrated. search: data-free adaptive scales. absmax: round to nearest, the baseline. "
+        "[dim]Default: what the preset says.[/dim]",
         rich_help_panel=QUANTIZING,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="fast: data-free, seconds. balanced: calibrated on text, minutes. best: calibrated on more text, then "
+        "tuned end to end. [dim]Default: balanced, unless a recipe or a method is given.[/dim]",
+        rich_help_panel=QUANTIZING,
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="What to calibrate on: self (text sampled from the model), a text or chat file, docs, prose, "
+        "hub:NAME[@config][:split[:column]], images:DIR, audio:DIR; texts are joined with +. "
+        "[dim]Default: self.[/dim]",
+        rich_help_panel=CALIBRATING,
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        help="Sequences (images, clips) to calibrate on. [dim]Default: 32, for best 128.[/dim]",
+        rich_help_panel=CALIBRATING,
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Tokens per sequence. [dim]Default: 512.[/dim]", rich_help_panel=CALIBRATING),
+]
+TuningSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Steps of end-to-end tuning after the layers are quantized; 0 is none. [dim]Default: 0, for best "
+        "128.[/dim]",
+        rich_help_panel=CALIBRATING,
     ),
 ]
 Skip = Annotated[
@@ -125,6 +165,7 @@ Revision = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output directory that exists (in one step, at the end).")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per layer: tokens, error, what was done.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint made by hf-quant.", show_default=False)]
 
@@ -164,6 +205,30 @@ def build_config(
     overrides = dict(parse_override(text) for text in override or ())
     overrides.update({pattern: value for pattern, value in base.overrides.items() if pattern not in overrides})
     return HfQuantConfig(**{**base.to_dict(), "skip": [*base.skip, *(skip or ())], "overrides": overrides})
+
+
+def calibration_flags(
+    recipe: Path | None,
+    preset: str | None,
+    method: str | None,
+    *,
+    source: str | None,
+    samples: int | None,
+    length: int | None,
+    seed: int | None,
+    steps: int | None,
+) -> dict[str, Any]:
+    """Keys of the config that the calibration options stand for; ``balanced`` where the user chose nothing else."""
+    if recipe is None and preset is None and method is None:
+        preset = "balanced"
+    given = {"source": source, "samples": samples, "length": length, "seed": seed or None}
+    section = {key: value for key, value in given.items() if value is not None}
+    flags: dict[str, Any] = {"preset": preset, "method": method}
+    if section and (set(section) != {"seed"} or preset in ("balanced", "best") or method == "gptq"):
+        flags["calibration"] = section
+    if steps is not None:
+        flags["tuning"] = {"steps": steps}
+    return flags
 
 
 def torch_dtype(name: str) -> torch.dtype | None:

@@ -77,6 +77,12 @@ def quantize(
     override: o.Override = None,
     on_indivisible: o.OnIndivisible = None,
     recipe: o.Recipe = None,
+    preset: o.Preset = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    length: o.Length = None,
+    tuning_steps: o.TuningSteps = None,
+    verbose: o.Verbose = False,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     seed: o.Seed = 0,
@@ -87,13 +93,16 @@ def quantize(
     """Quantize a model and write a checkpoint in a stock format; the float model is never in memory as a whole.
 
     int4 and int8 become compressed-tensors, nf4 and fp4 bitsandbytes: stock transformers loads both without hf-quant.
-    The directory appears when it is complete; after an error or Ctrl-C there is none.
+    The directory appears when it is complete; after an error or Ctrl-C there is none. A calibrated run that was killed
+    goes on where it stopped when the same command is given again.
 
     [bold]Examples[/bold]
 
     hf-quant quantize ./Llama-3.2-1B -o ./Llama-3.2-1B-int4
 
-    hf-quant quantize ./Llama-3.2-1B -o ./out --bits 8 --dtype bfloat16
+    hf-quant quantize ./Llama-3.2-1B -o ./out --preset fast --bits 8 --dtype bfloat16
+
+    hf-quant quantize ./Llama-3.2-1B -o ./out --preset best --calibration my-chats.jsonl --samples 128
 
     hf-quant quantize org/model --revision main -o ./out --grid nf4 --skip model.layers.0
 
@@ -107,28 +116,33 @@ def quantize(
         symmetric=symmetric,
         grid=grid,
         double_quant=double_quant,
-        method=method,
         skip=skip,
         override=override,
         on_indivisible=on_indivisible,
+        **o.calibration_flags(
+            recipe, preset, method, source=calibration, samples=samples, length=length, seed=seed, steps=tuning_steps
+        ),
     )
     from hf_quant import api
+    from hf_quant.cli.watching import watching
 
     o.seed_everything(seed)
     started = time.perf_counter()
-    api.quantize(
-        model,
-        config,
-        output_dir,
-        device=device,
-        dtype=dtype,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
+    with watching(verbose) as session:
+        api.quantize(
+            model,
+            config,
+            output_dir,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            session=session,
+        )
     written = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
     out.print(
-        f"[bold]{output_dir}[/bold]: {config.default.scheme.label} ({config.method}), {size(written)} of weights, "
-        f"in {time.perf_counter() - started:.1f} s"
+        f"[bold]{output_dir}[/bold]: {config.default.scheme.label} ({config.preset or config.method}), "
+        f"{size(written)} of weights, in {time.perf_counter() - started:.1f} s"
     )
     out.print(f"next: hf-quant evaluate {output_dir} --reference {model}")

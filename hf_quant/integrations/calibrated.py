@@ -152,7 +152,7 @@ def _run(
     current: Session,
 ) -> None:
     calibrate(model, plan, data, weights, journal, progress=current.on_layer)
-    if config.tuning and not journal.finished(TUNED):
+    if config.tuning and config.tuning["steps"] and not journal.finished(TUNED):
         tensors, floats = distill(model, plan, data, weights, journal.tensor, config.tuning, progress=current.on_tuning)
         journal.replace(TUNED, tensors, floats)
 
