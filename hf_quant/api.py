@@ -111,6 +111,8 @@ def quantize(
             quantized = _quantize_on_load(
                 source, config, output_dir is not None, device, dtype, revision, trust_remote_code
             )
+    if current.note:
+        setattr(quantized.config, KEY, {**getattr(quantized.config, KEY), **current.note})
     if output_dir is not None:
         files = None if source is None else _side_files(source, revision)
         origin = str(files or getattr(quantized.config, "_name_or_path", None) or "")

@@ -41,6 +41,9 @@ class Journal:
     def __len__(self) -> int:
         return len(self._where)
 
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._where
+
     def finished(self, unit: str) -> bool:
         """Whether a unit is in the journal."""
         return unit in self._units

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 QUANTIZING = "What to quantize, and how"
 CALIBRATING = "Calibration"
+BUDGET = "A budget instead of one choice for all layers"
 RUNNING = "Where and how to run"
 
 Bits = Annotated[int | None, typer.Option(help="Bits per code: 4 (default) or 8.", rich_help_panel=QUANTIZING)]
@@ -164,6 +165,51 @@ Revision = Annotated[
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output directory that exists (in one step, at the end).")
+]
+TargetBits = Annotated[
+    float | None,
+    typer.Option(
+        help="Choose bits and groups per layer so that the average is at most this (scales included; float counts 16).",
+        rich_help_panel=BUDGET,
+    ),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(
+        help="... so that the weight files are at most this large: 900MB, 700MiB.",
+        metavar="SIZE",
+        rich_help_panel=BUDGET,
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        help="... so that KL(float || quantized) on held-out calibration samples is at most this, in nats per token.",
+        rich_help_panel=BUDGET,
+    ),
+]
+MaxPplIncrease = Annotated[
+    str | None,
+    typer.Option(
+        help="... so that perplexity on held-out calibration samples grows by at most this: 1%.",
+        metavar="PERCENT",
+        rich_help_panel=BUDGET,
+    ),
+]
+Sensitivities = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="How much each layer suffers from each choice: reused when the file exists, else measured and written.",
+        rich_help_panel=BUDGET,
+    ),
+]
+Fuse = Annotated[
+    bool,
+    typer.Option(
+        help="q/k/v and gate/up share one choice, as servers that run them as one matrix want.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per layer: tokens, error, what was done.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hf_quant.cli import options as o
 from hf_quant.cli.output import out, plan_data, print_json, print_plan, quiet_libraries, size
+from hf_quant.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a model id on the Hub.")]
 
@@ -82,6 +83,12 @@ def quantize(
     samples: o.Samples = None,
     length: o.Length = None,
     tuning_steps: o.TuningSteps = None,
+    target_bits: o.TargetBits = None,
+    max_size: o.MaxSize = None,
+    max_kl: o.MaxKl = None,
+    max_ppl_increase: o.MaxPplIncrease = None,
+    sensitivities: o.Sensitivities = None,
+    fuse: o.Fuse = True,
     verbose: o.Verbose = False,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
@@ -104,6 +111,8 @@ def quantize(
 
     hf-quant quantize ./Llama-3.2-1B -o ./out --preset best --calibration my-chats.jsonl --samples 128
 
+    hf-quant quantize ./Llama-3.2-1B -o ./out --target-bits 4.6 --sensitivities llama.json
+
     hf-quant quantize org/model --revision main -o ./out --grid nf4 --skip model.layers.0
 
     hf-quant quantize ./m -o ./out --override down_proj=bits=8,group_size=64 --override 're:.*\\.v_proj=float'
@@ -124,25 +133,42 @@ def quantize(
         ),
     )
     from hf_quant import api
+    from hf_quant.budgeting import quantize_to_budget
     from hf_quant.cli.watching import watching
+    from hf_quant.quantize.allocate import Budget
 
+    budget = Budget.parse(target_bits, max_size, max_kl, max_ppl_increase)
+    if budget is None and sensitivities is not None:
+        raise ConfigError("--sensitivities is given without a budget.", "add --target-bits or another budget.")
     o.seed_everything(seed)
     started = time.perf_counter()
-    with watching(verbose) as session:
-        api.quantize(
-            model,
-            config,
-            output_dir,
-            device=device,
-            dtype=dtype,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            session=session,
-        )
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    with watching(verbose) as watcher:
+        if budget is None:
+            api.quantize(
+                model, config, output_dir, overwrite=overwrite, revision=revision, session=watcher.session, **options
+            )
+        else:
+            run = quantize_to_budget(
+                model,
+                config,
+                budget,
+                output_dir,
+                sensitivities=sensitivities,
+                fuse=fuse,
+                overwrite=overwrite,
+                session=watcher.session,
+                on_sensitivity=watcher.sensitivity,
+                on_attempt=watcher.attempt,
+                **options,
+            )
     written = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
     out.print(
         f"[bold]{output_dir}[/bold]: {config.default.scheme.label} ({config.preset or config.method}), "
         f"{size(written)} of weights, in {time.perf_counter() - started:.1f} s"
     )
+    if budget is not None:
+        chosen = run.fitted.allocation
+        counts = ", ".join(f"{count} x {label}" for label, count in chosen.counts().items())
+        out.print(f"{budget.kind}={budget.text}: {chosen.bits_per_weight:.3f} bits per weight ({counts})")
     out.print(f"next: hf-quant evaluate {output_dir} --reference {model}")

@@ -12,12 +12,13 @@ from rich.progress import Progress as Bars
 from hf_quant.calibration import CalibrationData
 from hf_quant.integrations.calibrated import Session
 from hf_quant.quantize.distill import TuningStep
+from hf_quant.quantize.fit_budget import Attempt
 from hf_quant.quantize.sequential import Progress
 
 
 @contextmanager
-def watching(verbose: bool) -> Iterator[Session]:
-    """A session whose callbacks draw bars; with ``verbose``, and where stderr is no terminal, also lines."""
+def watching(verbose: bool) -> Iterator[Watcher]:
+    """Bars while a run goes on; with ``verbose`` also lines."""
     console = Console(stderr=True, highlight=False)
     bars = Bars(
         TextColumn("{task.description}"),
@@ -29,27 +30,30 @@ def watching(verbose: bool) -> Iterator[Session]:
         TextColumn("[dim]{task.fields[note]}"),
         console=console,
     )
-    watcher = _Watcher(bars, console, verbose)
     with bars:
-        yield Session(
-            on_sampling=watcher.sampling, on_data=watcher.data, on_layer=watcher.layer, on_tuning=watcher.tuning
-        )
+        yield Watcher(bars, console, verbose)
 
 
-class _Watcher:
+class Watcher:
+    """Callbacks that draw; ``session`` holds those of a calibrated run."""
+
     def __init__(self, bars: Bars, console: Console, verbose: bool) -> None:
         self.bars, self.console, self.verbose = bars, console, verbose
         self._tasks: dict[str, TaskID] = {}
+        self.session = Session(on_sampling=self.sampling, on_data=self.data, on_layer=self.layer, on_tuning=self.tuning)
 
     def sampling(self, what: str, done: int, total: int) -> None:
+        """Calibration data is being made."""
         self._show(what, done, total, "")
 
     def data(self, data: CalibrationData) -> None:
+        """It is there."""
         self.console.print(
             f"calibration: {data.source}, {data.samples} samples, {data.tokens} tokens, sha256 {data.sha256[:12]}"
         )
 
     def layer(self, step: Progress) -> None:
+        """A layer more."""
         result = step.result
         error = "" if result.error is None else f"error {result.error:.2e}"
         self._show("quantize", step.done, step.total, f"{result.name}  {error}")
@@ -63,10 +67,23 @@ class _Watcher:
             )
 
     def tuning(self, step: TuningStep) -> None:
+        """An optimizer step more."""
         note = f"loss {step.loss:.4f}, held out {step.held_out:.4f} (was {step.start:.4f})"
         self._show("tune", step.step, step.steps, note)
         if self.verbose:
             self.console.print(f"tune {step.step}/{step.steps}: {note}", soft_wrap=True)
+
+    def sensitivity(self, done: int, total: int) -> None:
+        """A sample more."""
+        self._show("sensitivities", done, total, "")
+
+    def attempt(self, attempt: Attempt) -> None:
+        """A budget of accuracy was tried."""
+        measured, allocation = attempt.measured, attempt.allocation
+        self.console.print(
+            f"tried {allocation.bits_per_weight:.3f} bits: held-out KL {measured.kl:.4f}, loss "
+            f"{measured.loss_increase:+.4f} ({'within' if attempt.fits else 'over'} the budget)"
+        )
 
     def _show(self, title: str, done: int, total: int, note: str) -> None:
         if title not in self._tasks:

@@ -42,6 +42,7 @@ class Session:
         on_layer: called after every layer of the walk.
         on_tuning: called after every tuning step.
         on_sampling: told what is being done, how much is done and of how much, while calibration data is made.
+        note: JSON values that the checkpoint's provenance holds besides its own.
     """
 
     data: CalibrationData | None = None
@@ -50,6 +51,7 @@ class Session:
     on_layer: Callable[[Progress], None] | None = None
     on_tuning: Callable[[TuningStep], None] | None = None
     on_sampling: Callable[[str, int, int], None] | None = None
+    note: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ def _run(
     journal: Journal,
     current: Session,
 ) -> None:
-    calibrate(model, plan, data, weights, journal, progress=current.on_layer)
+    if not all(layer.name in journal for layer in plan.quantized):
+        calibrate(model, plan, data, weights, journal, progress=current.on_layer)
     if config.tuning and config.tuning["steps"] and not journal.finished(TUNED):
         tensors, floats = distill(model, plan, data, weights, journal.tensor, config.tuning, progress=current.on_tuning)
         journal.replace(TUNED, tensors, floats)
