@@ -12,6 +12,7 @@ rounding one column after another and moving what was lost to the columns not ye
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +76,11 @@ def factorize(hessian: torch.Tensor, group: int, name: str, damping: float = DAM
     groups = activity.sum(1).argsort(descending=True, stable=True)
     within = activity.argsort(dim=1, descending=True, stable=True)
     order = (within + torch.arange(len(groups), device=hessian.device).unsqueeze(1) * group)[groups].reshape(-1)
-    arranged = hessian[order][:, order]
     mean = float(diagonal.mean()) or 1.0
+    # in units that keep float32 from overflowing; powers of four change nothing else
+    half = round(math.log2(mean) / 2)
+    arranged = torch.ldexp(hessian[order][:, order], torch.tensor(-2 * half))
+    mean = math.ldexp(mean, -2 * half)
     before = arranged.diagonal().clone()
     share = damping
     for _ in range(ATTEMPTS):
@@ -85,7 +89,7 @@ def factorize(hessian: torch.Tensor, group: int, name: str, damping: float = DAM
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(upper.diagonal().sum()):
-                return Factor(order, tuple(groups.tolist()), upper, share)
+                return Factor(order, tuple(groups.tolist()), torch.ldexp(upper, torch.tensor(-half)), share)
         share *= 10
     raise CalibrationError(
         f"the inputs of {name} on the calibration data cannot be factored.", "calibrate on more and longer samples."
@@ -161,7 +165,8 @@ class _Pass:
         Once its error is carried over, a column's squared error counts 1 / U_jj^2 in the loss.
         """
         groups = columns.t().contiguous()
-        importance = upper.diagonal().square().reciprocal().expand_as(groups)
+        pivots = upper.diagonal()
+        importance = (pivots.min() / pivots).square().expand_as(groups)
         scale, zero = search_scales(groups, self.scheme, importance, unbiased=False)
         limit = torch.finfo(self.stored).max
         return scale.clamp(-limit, limit).to(self.stored).to(torch.float32), zero
