@@ -60,15 +60,16 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, factor: torch.Tensor, layer: _Layer) -> torch.Tensor:
         ctx.layer = layer
+        x = x.to(layer.compute)
         ctx.save_for_backward(x, factor)
-        return linear(x, layer.weight(factor))
+        return linear(x, layer.weight(factor).to(layer.compute)).to(torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, factor = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        slope = flat.t() @ x.reshape(-1, x.shape[-1])
-        return grad @ ctx.layer.weight(factor), ctx.layer.slope(slope), None
+        grad = grad.to(x.dtype)
+        slope = (grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(torch.float32)
+        return (grad @ ctx.layer.weight(factor).to(x.dtype)).to(torch.float32), ctx.layer.slope(slope), None
 
 
 class _Layer:
@@ -76,6 +77,7 @@ class _Layer:
 
     def __init__(self, tensor: QuantizedTensor, device: torch.device) -> None:
         self.tensor = tensor
+        self.compute = torch.float32  # of the matrix products
         rows, columns = tensor.shape
         self.groups = tensor.scheme.groups(columns)
         group = tensor.scheme.group(columns)
@@ -152,6 +154,8 @@ class _Tuner:
         self.device = next(model.parameters()).device
         self.steps, self.rate = int(tuning["steps"]), float(tuning["learning_rate"])
         self.batch = int(tuning["batch"])
+        # gradients are noisy anyway; what is judged and kept is computed in float32
+        self.narrow = torch.bfloat16 if _multiplies_bfloat16(self.device) else torch.float32
         train, held_out = data.split(max(1, data.samples // HELD_OUT))
         self.train, self.held_out = _singles(train), _singles(held_out)
         self.started = time.perf_counter()
@@ -219,6 +223,7 @@ class _Tuner:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
             loss = 0.0
+            self._compute_in(layers, self.narrow)
             for _ in range(self.batch):
                 sample, answer = train[next(order)]
                 loss += objective.backward(self._on_device(sample), answer, 1 / self.batch) / self.batch
@@ -255,12 +260,18 @@ class _Tuner:
         for layer in layers.values():
             rounded = layer.stored().scales().to(device=self.device, dtype=torch.float32)
             layer.factor.copy_(torch.where(layer.scale != 0, rounded / layer.scale, 1.0))
+        self._compute_in(layers, torch.float32)
         try:
             losses = [objective.loss(self._on_device(sample), answer) for sample, answer in held_out]
         finally:
             for name, layer in layers.items():
                 layer.factor.copy_(exact[name])
         return sum(losses) / len(losses)
+
+    @staticmethod
+    def _compute_in(layers: Mapping[str, _Layer], dtype: torch.dtype) -> None:
+        for layer in layers.values():
+            layer.compute = dtype
 
     def _on_device(self, sample: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device) for name, value in sample.items()}
@@ -293,6 +304,14 @@ class _Tuner:
         held = {layer.name: weights.weight(layer).to(self.device) for layer in self.plan.quantized}
         with self._layers({name: partial(_multiply, weight) for name, weight in held.items()}):
             yield
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones."""
+    if device.type != "cpu":
+        return True
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
 
 
 def _multiply(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

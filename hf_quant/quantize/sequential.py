@@ -25,6 +25,7 @@ from hf_quant.errors import CalibrationError
 from hf_quant.plan import Plan, PlannedLayer
 from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.gptq import Factor, factorize, round_weight
+from hf_quant.quantize.refit import refit_scales
 from hf_quant.quantize.streams import Residual, Stream, Trace, watched
 from hf_quant.quantize.target import correct
 from hf_quant.quantize.weight import quantize_weight
@@ -122,6 +123,7 @@ def calibrate(
     record: Record,
     *,
     progress: Callable[[Progress], None] | None = None,
+    rungs: Rungs | None = None,
 ) -> list[LayerResult]:
     """Quantize every layer of the plan, in the order in which the model uses them, into ``record``.
 
@@ -132,6 +134,7 @@ def calibrate(
         weights: the float weights of the planned layers.
         record: gets the quantized tensors; layers of units that it has already are not quantized again.
         progress: called after every layer.
+        rungs: default all.
 
     Returns:
         One result per planned layer that this run quantized, in order.
@@ -140,7 +143,24 @@ def calibrate(
         CalibrationError: the model does not run on the data, or gives values that are not finite.
     """
     with torch.no_grad():
-        return _Walk(model, plan, data, weights, record, progress).run()
+        return _Walk(model, plan, data, weights, record, progress, rungs or Rungs()).run()
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """What the walk does beyond rounding each layer for itself; all of it, unless an ablation leaves one out.
+
+    Attributes:
+        drift: aim at the float model's output on its own inputs, not at the float weight's on the quantized inputs.
+        residual: also undo what earlier layers did to the residual stream.
+        loudness: weigh tokens by the size of the stream that a layer adds to.
+        refit: choose all scales of a row together once its codes are known.
+    """
+
+    drift: bool = True
+    residual: bool = True
+    loudness: bool = True
+    refit: bool = True
 
 
 class _Walk:
@@ -152,7 +172,9 @@ class _Walk:
         weights: Weights,
         record: Record,
         progress: Callable[[Progress], None] | None,
+        rungs: Rungs,
     ) -> None:
+        self.rungs = rungs
         self.model, self.plan, self.weights, self.record = model, plan, weights, record
         self.data = data
         if len(data.batches) == 1 and data.samples > 1:  # or nothing could be held out
@@ -219,7 +241,7 @@ class _Walk:
                 self._count(LayerResult(name, layer.method), resumed=True)
             else:
                 self._leave_units(self.unit_of[name])
-                self._quantize(name, self._statistics(name, pairs), weight)
+                self._quantize(name, self._statistics(name, pairs, weight), weight)
         rounded = (self.tensors[name] if name in self.tensors else self.record.tensor(name)).to(self.device)
         values = rounded.dequantize()
         bias = self._bias(name)
@@ -230,7 +252,7 @@ class _Walk:
                 used = values if stream is pair.quantized else weight
                 self._advance(stream, linear(inputs, used.to(inputs.dtype), bias))
 
-    def _statistics(self, name: str, pairs: Sequence[_Pair]) -> _Shared:
+    def _statistics(self, name: str, pairs: Sequence[_Pair], weight: torch.Tensor) -> _Shared:
         """The moments of a layer's inputs; those of the layer before when both read the very same tensors."""
         present = [pair for pair in pairs if pair.quantized.layer == name]
         inputs = [s.inputs for pair in present for s in (pair.exact, pair.quantized) if s.layer == name]
@@ -249,27 +271,41 @@ class _Walk:
         for pair in present:
             seen = pair.quantized.inputs
             assert seen is not None
-            exact = pair.exact.inputs if pair.exact.layer == name else None
+            exact = pair.exact.inputs if pair.exact.layer == name and self.rungs.drift else None
             if exact is not None and exact.shape != seen.shape:
                 exact = None
             mask = pair.mask.get(tuple(seen.shape[:-1]))
-            (held_out if pair.held_out else train).add(
-                token_rows(seen, mask),
-                None if exact is None else token_rows(exact, mask),
-                self._gap(name, pair, seen, mask),
-            )
+            rows = [token_rows(seen, mask), None if exact is None else token_rows(exact, mask)]
+            gap, loudness = self._gap(name, pair, seen, mask, weight)
+            if not self.rungs.residual:
+                gap = None
+            if gap is not None and loudness is not None and self.rungs.loudness:
+                rows, gap = [None if row is None else row / loudness for row in rows], gap / loudness
+            assert rows[0] is not None
+            (held_out if pair.held_out else train).add(rows[0], rows[1], gap)
         self.shared = _Shared(inputs, train, held_out)
         return self.shared
 
-    def _gap(self, name: str, pair: _Pair, seen: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Float minus quantized residual stream ``[n, out]`` of a layer that adds to one."""
+    def _gap(
+        self, name: str, pair: _Pair, seen: torch.Tensor, mask: torch.Tensor | None, weight: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of a layer that adds to a residual stream: float minus quantized stream ``[n, out]``, and the stream's rms.
+
+        The rms ``[n, 1]`` is that of the float model after the addition. The stream is normalised, token by token,
+        before anything reads it, so an error counts in proportion to it: the few tokens that carry huge activations
+        would otherwise decide everything.
+        """
         if pair.exact.layer != name:
-            return None
+            return None, None
         exact, quantized = pair.exact.residual, pair.quantized.residual
         expected = (*seen.shape[:-1], self.layers[name].shape[0])
         if exact is None or quantized is None or tuple(exact.shape) != expected or exact.shape != quantized.shape:
-            return None
-        return token_rows(exact.to(torch.float32) - quantized.to(torch.float32), mask)
+            return None, None
+        assert pair.exact.inputs is not None
+        after = exact + linear(pair.exact.inputs, weight.to(exact.dtype), self._bias(name))
+        loudness = token_rows(after, mask).square().mean(1, keepdim=True).sqrt()
+        gap = token_rows(exact.to(torch.float32) - quantized.to(torch.float32), mask)
+        return gap, loudness.clamp_(min=torch.finfo(torch.float32).tiny)
 
     def _quantize(self, name: str, shared: _Shared | None, weight: torch.Tensor | None = None) -> None:
         layer = self.layers[name]
@@ -294,10 +330,16 @@ class _Walk:
         factor = shared.factors[key]
         target = correct(weight, shared.train, shared.held_out)
         rounded = round_weight(target.weight, layer.scheme, factor, scale_dtype=self.scale_dtype)
+        tensor, loss = rounded.tensor, rounded.loss
+        if self.rungs.refit:
+            damped = moments.hessian.clone()
+            damped.diagonal().add_(factor.damping * moments.hessian.diagonal().mean())
+            tensor, gained = refit_scales(tensor, target.weight, damped)
+            loss -= gained
         size = float(((moments.hessian @ weight.t()) * weight.t()).sum())
-        self.tensors[name] = rounded.tensor
+        self.tensors[name] = tensor
         note = f"damped by {factor.damping:g}" if factor.damping > 0.05 else ""
-        error = rounded.loss / size if size > 0 else 0.0
+        error = max(0.0, loss) / size if size > 0 else 0.0
         self._count(LayerResult(name, CALIBRATED, tokens, error, target.gain, note))
 
     def _count(self, result: LayerResult, resumed: bool = False) -> None:
