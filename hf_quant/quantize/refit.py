@@ -21,8 +21,8 @@ WORK = 1 << 24  # float32 numbers in a work space
 def refit_scales(tensor: QuantizedTensor, target: torch.Tensor, hessian: torch.Tensor) -> tuple[QuantizedTensor, float]:
     """Scales that fit ``target [out, in]`` better under ``hessian [in, in]`` (both float32), and the fall of the loss.
 
-    The loss is tr(E H E^T). Rows that do not gain once their scales are rounded to the stored dtype keep what they have. Scales that are stored
-    double-quantized are left alone.
+    The loss is tr(E H E^T). Rows that do not gain once their scales are rounded to the stored dtype keep what they
+    have. Scales that are stored double-quantized are left alone.
     """
     if tensor.scale is None:
         return tensor, 0.0
