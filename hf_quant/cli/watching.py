@@ -11,9 +11,9 @@ from rich.progress import Progress as Bars
 
 from hf_quant.calibration import CalibrationData
 from hf_quant.integrations.calibrated import Session
+from hf_quant.quantize.contracts import Progress
 from hf_quant.quantize.distill import TuningStep
 from hf_quant.quantize.fit_budget import Attempt
-from hf_quant.quantize.sequential import Progress
 
 
 @contextmanager

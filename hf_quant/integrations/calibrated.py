@@ -20,8 +20,9 @@ from hf_quant.checkpoint.journal import Journal, open_journal
 from hf_quant.config import CALIBRATED, HfQuantConfig
 from hf_quant.integrations.shell import ModelWeights, open_shell
 from hf_quant.plan import Plan
+from hf_quant.quantize.contracts import Progress, Weights
 from hf_quant.quantize.distill import TuningStep, distill
-from hf_quant.quantize.sequential import Progress, Weights, calibrate
+from hf_quant.quantize.sequential import calibrate
 from hf_quant.version import __version__
 
 if TYPE_CHECKING:

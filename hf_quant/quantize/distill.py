@@ -22,9 +22,9 @@ from torch.nn.functional import linear
 
 from hf_quant.calibration.data import CalibrationData
 from hf_quant.plan import Plan
+from hf_quant.quantize.contracts import Weights
 from hf_quant.quantize.objective import Objective, find_objective
 from hf_quant.quantize.rounding import values
-from hf_quant.quantize.sequential import Weights
 from hf_quant.tensor import QuantizedTensor
 
 HELD_OUT = 8  # one sample of so many decides, and is not trained on

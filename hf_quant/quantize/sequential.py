@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +22,9 @@ from torch.nn.functional import linear
 from hf_quant.calibration.data import CalibrationData
 from hf_quant.calibration.statistics import Moments, token_rows
 from hf_quant.errors import CalibrationError
-from hf_quant.plan import Plan, PlannedLayer
+from hf_quant.plan import Plan
 from hf_quant.quantize.blocks import Block, find_blocks
+from hf_quant.quantize.contracts import LayerResult, Progress, Record, Rungs, Weights
 from hf_quant.quantize.gptq import Factor, factorize, round_weight
 from hf_quant.quantize.refit import refit_scales
 from hf_quant.quantize.streams import Residual, Stream, Trace, watched
@@ -36,60 +37,6 @@ CALIBRATED = "gptq"
 FALLBACK = "search"
 FEW_TOKENS = 32  # a layer that saw fewer is quantized without data
 HELD_OUT = 8  # one batch of so many judges the corrections
-
-
-class Weights(Protocol):
-    """Where float weights come from, one at a time."""
-
-    def weight(self, layer: PlannedLayer) -> torch.Tensor:
-        """float32 ``[out, in]``, also of a Conv1D."""
-
-
-class Record(Protocol):
-    """Where quantized weights go, block by block, and where those of an earlier run are found."""
-
-    def finished(self, unit: str) -> bool: ...
-
-    def tensor(self, layer: str) -> QuantizedTensor: ...
-
-    def add(self, unit: str, tensors: Mapping[str, QuantizedTensor], reports: Sequence[LayerResult]) -> None: ...
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What became of one layer.
-
-    Attributes:
-        name: of the layer.
-        method: how it was quantized (a layer that saw no data: data-free).
-        tokens: rows that its statistics come from.
-        error: |quantized - wanted|^2 / |float output|^2 on the calibration data; None without data.
-        gain: share of the output error that aiming at the float model removed before rounding (held-out tokens).
-        note: why it was not calibrated, or had to be damped; else empty.
-    """
-
-    name: str
-    method: str
-    tokens: int = 0
-    error: float | None = None
-    gain: float = 0.0
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One more layer is done."""
-
-    result: LayerResult
-    done: int
-    total: int
-    seconds: float
-    resumed: bool = False
-
-    @property
-    def remaining(self) -> float:
-        """Expected seconds to the end."""
-        return self.seconds / self.done * (self.total - self.done)
 
 
 @dataclass
@@ -144,23 +91,6 @@ def calibrate(
     """
     with torch.no_grad():
         return _Walk(model, plan, data, weights, record, progress, rungs or Rungs()).run()
-
-
-@dataclass(frozen=True)
-class Rungs:
-    """What the walk does beyond rounding each layer for itself; all of it, unless an ablation leaves one out.
-
-    Attributes:
-        drift: aim at the float model's output on its own inputs, not at the float weight's on the quantized inputs.
-        residual: also undo what earlier layers did to the residual stream.
-        loudness: weigh tokens by the size of the stream that a layer adds to.
-        refit: choose all scales of a row together once its codes are known.
-    """
-
-    drift: bool = True
-    residual: bool = True
-    loudness: bool = True
-    refit: bool = True
 
 
 class _Walk:
