@@ -258,11 +258,11 @@ def calibration_flags(
     preset: str | None,
     method: str | None,
     *,
-    source: str | None,
-    samples: int | None,
-    length: int | None,
-    seed: int | None,
-    steps: int | None,
+    source: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Keys of the config that the calibration options stand for; ``balanced`` where the user chose nothing else."""
     if recipe is None and preset is None and method is None:

@@ -138,8 +138,13 @@ def print_plan(plan: Plan) -> None:
     )
     out.print(
         f"weights {size(plan.float_bytes)} → [bold]{size(plan.planned_bytes)}[/bold] ({ratio:.2f} × smaller); "
-        f"peak memory of quantizing about {size(plan.peak_bytes)} plus the interpreter"
+        f"peak memory of quantizing about {size(plan.peak_bytes)} plus the interpreter{_calibrating(plan)}"
     )
+
+
+def _calibrating(plan: Plan) -> str:
+    calibrated = any(layer.method == "gptq" for layer in plan.quantized)
+    return "; calibrating comes first and needs the activations of its samples" if calibrated else ""
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def plan(
     override: o.Override = None,
     on_indivisible: o.OnIndivisible = None,
     recipe: o.Recipe = None,
+    preset: o.Preset = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
 ) -> None:
@@ -51,10 +52,10 @@ def plan(
         symmetric=symmetric,
         grid=grid,
         double_quant=double_quant,
-        method=method,
         skip=skip,
         override=override,
         on_indivisible=on_indivisible,
+        **o.calibration_flags(recipe, preset, method),
     )
     from hf_quant.skeleton import plan_directory
 
