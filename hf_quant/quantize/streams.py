@@ -29,10 +29,13 @@ class Residual:
     Attributes:
         source: the torch call of the block whose result it is, or BLOCK_INPUT.
         addition: the torch call that adds the two.
+        path: of the torch calls of the block before the layer; where another block of its class takes another path,
+            the numbers above mean something else.
     """
 
     source: int
     addition: int
+    path: int
 
 
 class Stream:
@@ -80,6 +83,7 @@ class Stream:
 def watched(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Inside, the named modules hand their input to whoever advances the stream that runs them."""
     modules = {name: model.get_submodule(name) for name in layers}
+    replaced = {name: module.__dict__.get("forward") for name, module in modules.items()}
 
     def pausing(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -95,8 +99,10 @@ def watched(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in modules.values():
+        for name, module in modules.items():
             del module.forward
+            if replaced[name] is not None:  # a hook of accelerate
+                module.forward = replaced[name]
 
 
 class Trace(TorchFunctionMode):
@@ -112,7 +118,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.residuals, self.lost, self.learn = residuals, lost, learn
         self.found: dict[str, Residual] = {}
-        self._calls = 0
+        self._calls = self._path = 0
         self._inside = False
         self._kept: dict[int, torch.Tensor] = {}
         self._wanted: set[int] = set()
@@ -121,10 +127,11 @@ class Trace(TorchFunctionMode):
             int, tuple[int, torch.Tensor]
         ] = {}  # id -> (call, the tensor, so that the id stays its own)
         self._outputs: dict[int, tuple[str, torch.Tensor]] = {}
+        self._paths: dict[str, int] = {}
 
     def enter(self, block: str, inputs: torch.Tensor | None) -> None:
         """A block begins."""
-        self._calls, self._inside = 0, inputs is not None
+        self._calls, self._path, self._inside = 0, 0, inputs is not None
         self._kept.clear()
         self._results.clear()
         self._outputs.clear()
@@ -139,9 +146,13 @@ class Trace(TorchFunctionMode):
         """A watched layer got its output."""
         if self.learn and layer is not None and output is not None:
             self._outputs[id(output)] = (layer, output)
+            self._paths[layer] = self._path
 
     def residual(self, layer: str) -> torch.Tensor | None:
+        """The stream that the output of a layer, which waits for it, will be added to; None where that is not known."""
         found = self.residuals.get(layer)
+        if found is not None and found.path != self._path:
+            self.lost.add(layer)
         return None if found is None or layer in self.lost else self._kept.get(found.source)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -150,6 +161,7 @@ class Trace(TorchFunctionMode):
             return result
         call = self._calls
         self._calls += 1
+        self._path = hash((self._path, getattr(func, "__name__", "")))
         if call in self._checks:
             layer, source = self._checks[call]
             if not any(argument is self._kept.get(source) for argument in args):
@@ -166,7 +178,7 @@ class Trace(TorchFunctionMode):
             for one, other in (args, args[::-1]):
                 layer, stream = self._outputs.get(id(one)), self._results.get(id(other))
                 if layer is not None and stream is not None and one.shape == other.shape:
-                    self.found[layer[0]] = Residual(stream[0], call)
+                    self.found[layer[0]] = Residual(stream[0], call, self._paths[layer[0]])
         if not isinstance(result, torch.Tensor):
             return
         if name in _SAME and args and id(args[0]) in self._outputs:
