@@ -258,13 +258,13 @@ def _notes(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def fill(path: Path, lines: list[str]) -> None:
+def fill_between(path: Path, lines: list[str], marks: tuple[str, str]) -> None:
     """Replace what stands between the marks of a Markdown file."""
     text = path.read_text(encoding="utf-8")
-    before, opening, rest = text.partition(_MARKS[0])
-    _, closing, after = rest.partition(_MARKS[1])
+    before, opening, rest = text.partition(marks[0])
+    _, closing, after = rest.partition(marks[1])
     if not opening or not closing:
-        sys.exit(f"{path} has no {_MARKS[0]} ... {_MARKS[1]}")
+        sys.exit(f"{path} has no {marks[0]} ... {marks[1]}")
     atomic_write(path, f"{before}{opening}\n" + "\n".join(lines) + f"\n{closing}{after}")
 
 
@@ -376,7 +376,7 @@ def main() -> None:
     if arguments.markdown:
         atomic_write(arguments.markdown, "\n".join(lines) + "\n")
     if arguments.fill:
-        fill(arguments.fill, short_table(data))
+        fill_between(arguments.fill, short_table(data), _MARKS)
     Console(width=10_000, soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
     lost = [
         row["key"]

@@ -25,7 +25,7 @@ from hf_quant.errors import CalibrationError
 from hf_quant.plan import Plan
 from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.contracts import LayerResult, Progress, Record, Rungs, Weights
-from hf_quant.quantize.gptq import Factor, factorize, round_weight
+from hf_quant.quantize.gptq import DAMPINGS, Factor, best_damping, factorize, round_weight
 from hf_quant.quantize.refit import refit_scales
 from hf_quant.quantize.streams import Residual, Stream, Trace, watched
 from hf_quant.quantize.target import correct
@@ -59,7 +59,7 @@ class _Shared:
     inputs: list[Any]
     train: Moments
     held_out: Moments
-    factors: dict[tuple[int, ...], Factor] = field(default_factory=dict)
+    factors: dict[int, Factor] = field(default_factory=dict)  # by group size
 
 
 def calibrate(
@@ -254,11 +254,13 @@ class _Walk:
             quantize_weight(weight, layer.scheme, FALLBACK, name=name)  # raises what it raises everywhere
         moments = shared.train.plus(shared.held_out)
         group = layer.scheme.group(layer.shape[1])
-        key = (group,)
-        if key not in shared.factors:
-            shared.factors[key] = factorize(moments.hessian, group, name)
-        factor = shared.factors[key]
         target = correct(weight, shared.train, shared.held_out)
+        if group not in shared.factors:
+            damping = best_damping(
+                target.weight, layer.scheme, shared.train.hessian, shared.held_out.hessian, name, self.scale_dtype
+            )
+            shared.factors[group] = factorize(moments.hessian, group, name, damping)
+        factor = shared.factors[group]
         rounded = round_weight(target.weight, layer.scheme, factor, scale_dtype=self.scale_dtype)
         tensor, loss = rounded.tensor, rounded.loss
         if self.rungs.refit:
@@ -268,7 +270,7 @@ class _Walk:
             loss -= gained
         size = float(((moments.hessian @ weight.t()) * weight.t()).sum())
         self.tensors[name] = tensor
-        note = f"damped by {factor.damping:g}" if factor.damping > 0.05 else ""
+        note = f"damped by {factor.damping:g}" if factor.damping > max(DAMPINGS) else ""
         error = max(0.0, loss) / size if size > 0 else 0.0
         self._count(LayerResult(name, CALIBRATED, tokens, error, target.gain, note))
 
