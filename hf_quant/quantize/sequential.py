@@ -56,6 +56,7 @@ class _Pair:
 class _Shared:
     """Statistics of one input, kept while layers that read the same input follow each other."""
 
+    unit: str
     inputs: list[Any]
     train: Moments
     held_out: Moments
@@ -84,7 +85,8 @@ def calibrate(
         rungs: default all.
 
     Returns:
-        One result per planned layer that this run quantized, in order.
+        One result per planned layer, in the order in which they were done; of a layer that was in the record before,
+        only its name and method.
 
     Raises:
         CalibrationError: the model does not run on the data, or gives values that are not finite.
@@ -155,8 +157,10 @@ class _Walk:
                 hook.remove()
             if cached is not None:
                 self.model.config.use_cache = cached  # type: ignore[union-attr]
-        for name in self.layers:
-            if name not in self.done and not self.record.finished(self.unit_of[name]):
+        for name in [name for name in self.layers if name not in self.done]:
+            if self.record.finished(self.unit_of[name]):
+                self._count(LayerResult(name, self.layers[name].method), resumed=True)
+            else:
                 self._quantize(name, None)
         for unit in dict.fromkeys(self.unit_of[name] for name in self.tensors):
             self._flush(unit)
@@ -189,6 +193,7 @@ class _Walk:
         before = self.shared
         if (
             before is not None
+            and before.unit == self.unit_of[name]  # or a resumed run, which has not seen it, would do something else
             and name not in self.residuals
             and before.train.residual is None
             and len(before.inputs) == len(inputs)
@@ -213,7 +218,7 @@ class _Walk:
                 rows, gap = [None if row is None else row / loudness for row in rows], gap / loudness
             assert rows[0] is not None
             (held_out if pair.held_out else train).add(rows[0], rows[1], gap)
-        self.shared = _Shared(inputs, train, held_out)
+        self.shared = _Shared(self.unit_of[name], inputs, train, held_out)
         return self.shared
 
     def _gap(
@@ -299,6 +304,7 @@ class _Walk:
         masks = {
             tuple(v.shape): v.to(self.device) for k, v in batch.items() if k.endswith("attention_mask") and v.ndim == 2
         }
+        masks |= {(mask.numel(),): mask for mask in masks.values()}  # some models work on flattened tokens
         held_out = len(self.data.batches) > 1 and index % HELD_OUT == min(HELD_OUT, len(self.data.batches)) - 1
         return _Pair(self._stream(index), self._stream(index), masks, held_out)
 
@@ -314,7 +320,7 @@ class _Walk:
         self.active = stream
         try:
             stream.advance(output)
-        except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
             raise CalibrationError(
                 f"{type(self.model).__name__} does not run on the calibration data ({self.data.source}): {error}",
                 "give data that fits this model (text, images: or audio:), or a smaller length.",

@@ -1,4 +1,4 @@
-"""The weight to aim at: exact where the float outputs can be had again, and plain where the correction would be noise."""
+"""The weight to aim at: exact where the float outputs can be had again, plain where a correction would be noise."""
 
 from __future__ import annotations
 
