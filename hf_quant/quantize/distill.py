@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from hf_quant.calibration.data import CalibrationData
+from hf_quant.calibration.data import CalibrationData, batch_samples
 from hf_quant.plan import Plan
 from hf_quant.quantize.contracts import Weights
 from hf_quant.quantize.objective import Objective, find_objective
@@ -161,9 +161,10 @@ class _Tuner:
         self.started = time.perf_counter()
 
     def run(self, weights: Weights) -> tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]:
-        objective = find_objective(self.model)
         everything = [*self.train, *self.held_out]
+        names = {layer.name for layer in self.plan.quantized}
         with torch.no_grad(), self._float_layers(weights):
+            objective = find_objective(self.model, names, self._on_device(everything[0]))
             answers = [objective.answer(self._on_device(sample)) for sample in everything]
         teacher = list(zip(everything, answers, strict=True))
         train, held_out = teacher[: len(self.train)], teacher[len(self.train) :]
@@ -290,13 +291,16 @@ class _Tuner:
 
             return run
 
+        replaced = {name: module.__dict__.get("forward") for name, module in modules.items()}
         for name, module in modules.items():
             module.forward = with_bias(module, forwards[name])
         try:
             yield
         finally:
-            for module in modules.values():
+            for name, module in modules.items():
                 del module.forward
+                if (before := replaced[name]) is not None:  # a hook of accelerate
+                    module.forward = before
 
     @contextmanager
     def _float_layers(self, weights: Weights) -> Iterator[None]:
@@ -322,7 +326,10 @@ def _singles(data: CalibrationData) -> list[dict[str, torch.Tensor]]:
     """One sample at a time: activations of a whole batch would have to be kept for the backward pass."""
     found = []
     for batch in data.batches:
-        count = next(iter(batch.values())).shape[0]
+        count = batch_samples(batch)
+        if any(value.dim() == 0 or len(value) != count for value in batch.values()):
+            found.append(dict(batch))  # patches of images, say, that do not say whose they are
+            continue
         found += [{name: value[i : i + 1] for name, value in batch.items()} for i in range(count)]
     return found
 

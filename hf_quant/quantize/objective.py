@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Protocol
 
 import torch
@@ -26,13 +27,63 @@ class Objective(Protocol):
         """As :meth:`loss`, and adds ``weight`` times its gradient to the parameters."""
 
 
-def find_objective(model: nn.Module) -> Objective:
-    """KL for a model whose logits are its output head applied to hidden states; else squared error."""
+def find_objective(model: nn.Module, quantized: Container[str], sample: dict[str, torch.Tensor]) -> Objective:
+    """KL for a model whose logits are its output head applied to hidden states; else squared error.
+
+    Args:
+        model: it can run: its layers have weights.
+        quantized: names of the layers whose output will change; KL needs a head that does not.
+        sample: on which it is seen whether the model does something else to its logits (caps or scales them).
+    """
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    if isinstance(head, nn.Linear) and not getattr(model.config, "final_logit_softcapping", None):
+    if not isinstance(head, nn.Module):
+        return _Distance(model, None)
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    if isinstance(head, nn.Linear) and name not in quantized and _is_last(model, head, sample):
         return _Divergence(model, head)
-    return _Distance(model)
+    return _Distance(model, head)
+
+
+@torch.no_grad()
+def _is_last(model: nn.Module, head: nn.Linear, sample: dict[str, torch.Tensor]) -> bool:
+    """Whether the model's logits are what its output head gives."""
+    found: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        logits = getattr(model(**sample, **_no_cache(model)), "logits", None)
+    finally:
+        hook.remove()
+    if not found or not isinstance(logits, torch.Tensor) or logits.shape != found[-1].shape:
+        return False
+    return torch.allclose(logits[:, :4], found[-1][:, :4].to(logits.dtype), rtol=1e-3, atol=1e-5)
+
+
+def _head_input(model: nn.Module, head: nn.Module, sample: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The hidden states ``[tokens, hidden]`` that the head is given, without padding; the head itself is not run."""
+    found: list[torch.Tensor] = []
+
+    def capture(hidden: torch.Tensor) -> torch.Tensor:
+        found.append(hidden)
+        return hidden[..., :1]
+
+    replaced = head.__dict__.get("forward")
+    head.forward = capture
+    try:
+        model(**sample, **_no_cache(model))
+    finally:
+        del head.forward
+        if replaced is not None:
+            head.forward = replaced
+    return _tokens(found[-1], sample) if found else None
+
+
+def _tokens(hidden: torch.Tensor, sample: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``[batch, length, hidden]`` -> ``[tokens, hidden]`` without padding."""
+    mask = sample.get("decoder_attention_mask" if "decoder_input_ids" in sample else "attention_mask")
+    if mask is not None and mask.shape == hidden.shape[:-1]:
+        return hidden[mask.bool()]
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 class _Divergence:
@@ -58,27 +109,9 @@ class _Divergence:
         return loss
 
     def _hidden(self, sample: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The head's input ``[tokens, hidden]``; the head itself is not run."""
-        found: list[torch.Tensor] = []
-
-        def capture(hidden: torch.Tensor) -> torch.Tensor:
-            found.append(hidden)
-            return hidden[..., :1]
-
-        self.head.forward = capture  # type: ignore[method-assign, assignment]
-        try:
-            self.model(**sample, **_no_cache(self.model))
-        finally:
-            del self.head.forward
-        if not found:
-            raise CalibrationError(
-                f"{type(self.model).__name__} did not use its output head.", "use preset=balanced for this model."
-            )
-        mask = sample.get("attention_mask")
-        hidden = found[-1]
-        if mask is not None and mask.shape == hidden.shape[:-1]:
-            return hidden[mask.bool()]
-        return hidden.reshape(-1, hidden.shape[-1])
+        hidden = _head_input(self.model, self.head, sample)
+        assert hidden is not None  # find_objective has seen it
+        return hidden
 
     def _compare(self, hidden: torch.Tensor, answer: torch.Tensor, slope: torch.Tensor | None) -> float:
         weight = self.head.weight.detach()
@@ -96,10 +129,10 @@ class _Divergence:
 
 
 class _Distance:
-    """|quantized - float|^2 / |float|^2 of the model's output."""
+    """|quantized - float|^2 / |float|^2 of the last hidden states: what the head reads, or what the model gives."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, head: nn.Module | None) -> None:
+        self.model, self.head = model, head
 
     def answer(self, sample: dict[str, torch.Tensor]) -> torch.Tensor:
         return self._output(sample)
@@ -115,14 +148,15 @@ class _Distance:
         return float(loss)
 
     def _output(self, sample: dict[str, torch.Tensor]) -> torch.Tensor:
+        # not the logits: those of all samples of a large vocabulary would not fit into memory
+        hidden = None if self.head is None else _head_input(self.model, self.head, sample)
+        if hidden is not None:
+            return hidden
         result = self.model(**sample, **_no_cache(self.model))
         for name in ("last_hidden_state", "logits"):
             found = getattr(result, name, None)
             if isinstance(found, torch.Tensor):
-                mask = sample.get("attention_mask")
-                if mask is not None and mask.shape == found.shape[:2]:
-                    return found[mask.bool()]
-                return found.reshape(-1, found.shape[-1])
+                return _tokens(found, sample)
         raise CalibrationError(
             f"{type(self.model).__name__} gives neither logits nor hidden states.",
             "use preset=balanced for this model.",

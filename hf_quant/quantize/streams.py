@@ -101,8 +101,8 @@ def watched(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     finally:
         for name, module in modules.items():
             del module.forward
-            if replaced[name] is not None:  # a hook of accelerate
-                module.forward = replaced[name]
+            if (before := replaced[name]) is not None:  # a hook of accelerate
+                module.forward = before
 
 
 class Trace(TorchFunctionMode):
