@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,7 +58,7 @@ class _Shared:
     """Statistics of one input, kept while layers that read the same input follow each other."""
 
     unit: str
-    inputs: list[Any]
+    inputs: list[weakref.ref[torch.Tensor]]  # weak: the tensors are large, and no longer needed once all have passed
     train: Moments
     held_out: Moments
     factors: dict[int, Factor] = field(default_factory=dict)  # by group size
@@ -189,7 +190,8 @@ class _Walk:
     def _statistics(self, name: str, pairs: Sequence[_Pair], weight: torch.Tensor) -> _Shared:
         """The moments of a layer's inputs; those of the layer before when both read the very same tensors."""
         present = [pair for pair in pairs if pair.quantized.layer == name]
-        inputs = [s.inputs for pair in present for s in (pair.exact, pair.quantized) if s.layer == name]
+        passing = (stream for pair in present for stream in pair.at(name))
+        inputs = [stream.inputs for stream in passing if stream.inputs is not None]
         before = self.shared
         if (
             before is not None
@@ -197,7 +199,7 @@ class _Walk:
             and name not in self.residuals
             and before.train.residual is None
             and len(before.inputs) == len(inputs)
-            and all(a is b for a, b in zip(before.inputs, inputs, strict=True))
+            and all(a() is b for a, b in zip(before.inputs, inputs, strict=True))
         ):
             return before
         self.shared = None
@@ -218,7 +220,7 @@ class _Walk:
                 rows, gap = [None if row is None else row / loudness for row in rows], gap / loudness
             assert rows[0] is not None
             (held_out if pair.held_out else train).add(rows[0], rows[1], gap)
-        self.shared = _Shared(self.unit_of[name], inputs, train, held_out)
+        self.shared = _Shared(self.unit_of[name], [weakref.ref(found) for found in inputs], train, held_out)
         return self.shared
 
     def _gap(
