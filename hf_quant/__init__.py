@@ -2,7 +2,8 @@
 
 Importing it registers :class:`HfQuantConfig` with transformers and runs compressed-tensors and bitsandbytes 4-bit
 checkpoints on hf-quant's kernels (``hf_quant.disable()`` or HF_QUANT_RUNTIME=stock leaves them to their own). Both
-happen as soon as transformers' quantizers are imported; until then nothing heavy is, so ``hf-quant --help`` is quick.
+happen as soon as transformers' quantizers are imported, and peft learns to train quantized layers as soon as its LoRA
+model is; until then nothing heavy is imported, so ``hf-quant --help`` is quick.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 _PLUGIN = "hf_quant.integrations.transformers"  # importing it registers and enables
-_QUANTIZERS = "transformers.quantizers"
+_PLUGINS = {"transformers.quantizers": _PLUGIN, "peft.tuners.lora.model": "hf_quant.integrations.peft"}
 _HOMES = {
     "HfQuantConfig": "hf_quant.config",
     "disable": _PLUGIN,
@@ -61,12 +62,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _AfterQuantizers(MetaPathFinder):
-    """Imports the plug-in right after transformers' table of quantizers, and leaves ``sys.meta_path``."""
+class _After(MetaPathFinder):
+    """Imports a plug-in right after the module that it plugs into, and leaves ``sys.meta_path``."""
+
+    def __init__(self, trigger: str, plugin: str) -> None:
+        self.trigger = trigger
+        self.plugin = plugin
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The ordinary spec of ``transformers.quantizers``, with one step more at the end of its execution."""
-        if name != _QUANTIZERS:
+        """The ordinary spec of the trigger, with one step more at the end of its execution."""
+        if name != self.trigger:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -76,13 +81,14 @@ class _AfterQuantizers(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(_PLUGIN)
+            importlib.import_module(self.plugin)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if _QUANTIZERS in sys.modules:
-    importlib.import_module(_PLUGIN)
-else:
-    sys.meta_path.insert(0, _AfterQuantizers())
+for _trigger, _plugin in _PLUGINS.items():
+    if _trigger in sys.modules:
+        importlib.import_module(_plugin)
+    else:
+        sys.meta_path.insert(0, _After(_trigger, _plugin))
