@@ -77,8 +77,8 @@ class Tuning(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    steps: int = Field(default=128, ge=0)
-    learning_rate: float = Field(default=1e-3, gt=0, le=0.1)
+    steps: int = Field(default=64, ge=0)
+    learning_rate: float = Field(default=3e-4, gt=0, le=0.1)
     batch: int = Field(default=4, ge=1)
 
 

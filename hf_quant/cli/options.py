@@ -95,7 +95,7 @@ TuningSteps = Annotated[
     typer.Option(
         min=0,
         help="Steps of end-to-end tuning after the layers are quantized; 0 is none. [dim]Default: 0, for best "
-        "128.[/dim]",
+        "64.[/dim]",
         rich_help_panel=CALIBRATING,
     ),
 ]
