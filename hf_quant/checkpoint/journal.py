@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from hf_quant.checkpoint.atomic import atomic_write
-from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.errors import CheckpointError, HfQuantError, OutputError
 from hf_quant.grids import Scheme
 from hf_quant.tensor import DoubleQuant, QuantizedTensor
 
@@ -81,7 +81,8 @@ class Journal:
             layers[layer] = {"scheme": asdict(tensor.scheme), "shape": list(tensor.shape), "tensors": list(leaves)}
             named |= {f"{layer}.{leaf}": value.contiguous().cpu() for leaf, value in leaves.items()}
         about = {"unit": unit, "layers": layers, "reports": [asdict(report) for report in reports]}
-        file = self.directory / f"unit-{len(self._units):05d}.safetensors"
+        numbers = [int(name.stem.removeprefix("unit-")) for name in self.directory.glob("unit-*.safetensors")]
+        file = self.directory / f"unit-{max(numbers, default=-1) + 1:05d}.safetensors"
         atomic_write(file, save(named, metadata={"about": json.dumps(about)}))
         self._index(file)
 
@@ -126,7 +127,7 @@ def open_journal(directory: Path, fingerprint: Mapping[str, Any]) -> Journal:
     if header.is_file():
         with _reading(header):
             found = json.loads(header.read_text(encoding="utf-8"))
-        if found.get("schema") != SCHEMA:
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise CheckpointError(f"{directory} was written by another version.", _fix(directory))
         before = found.get("fingerprint", {})
         differing = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
@@ -136,9 +137,13 @@ def open_journal(directory: Path, fingerprint: Mapping[str, Any]) -> Journal:
                 _fix(directory),
             )
         return Journal(directory)
-    if directory.is_dir() and any(directory.iterdir()):
+    # a run that was killed while it wrote the header leaves a temporary file
+    if directory.exists() and not (directory.is_dir() and all(_is_half_header(f) for f in directory.iterdir())):
         raise CheckpointError(f"{directory} is in the way: it is not a journal.", "move it away.")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the journal {directory} cannot be made: {error}.", "write the output elsewhere.") from error
     atomic_write(header, json.dumps({"schema": SCHEMA, "fingerprint": wanted}, indent=1) + "\n")
     return Journal(directory)
 
@@ -146,7 +151,14 @@ def open_journal(directory: Path, fingerprint: Mapping[str, Any]) -> Journal:
 def discard(directory: Path) -> None:
     """Remove a journal (and nothing that is not one)."""
     if (directory / HEADER).is_file():
+        # the header goes last: until then, what a kill leaves is still known for a journal
+        for file in [file for file in directory.iterdir() if file.is_file() and file.name != HEADER]:
+            file.unlink()
         shutil.rmtree(directory)
+
+
+def _is_half_header(file: Path) -> bool:
+    return file.name.startswith(f".{HEADER}.") and file.suffix == ".tmp"
 
 
 def _fix(directory: Path) -> str:

@@ -145,7 +145,7 @@ class _Distance:
         with torch.enable_grad():
             loss = (self._output(sample) - answer).square().sum() / answer.square().sum()
         (loss * weight).backward()
-        return float(loss)
+        return float(loss.detach())
 
     def _output(self, sample: dict[str, torch.Tensor]) -> torch.Tensor:
         # not the logits: those of all samples of a large vocabulary would not fit into memory
