@@ -176,11 +176,13 @@ def read_ids_instead_of_text(file: Path) -> None:
     file.write_text("#include <sstream>\n" + text.replace(_THEIR_TOKENS, _OUR_TOKENS), encoding="utf-8")
 
 
-def checked(command: list[str], what: str, env: dict[str, str] | None = None, log: Path | None = None) -> None:
+def checked(
+    command: list[str], what: str, env: dict[str, str] | None = None, log: Path | None = None, cwd: Path | None = None
+) -> None:
     """Run a program, its output into ``log`` or nowhere. Raises PeerError with what it said last when it fails."""
     with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, check=False, stdout=output, stderr=subprocess.STDOUT)
+            done = subprocess.run(command, cwd=cwd, env=env, check=False, stdout=output, stderr=subprocess.STDOUT)
         except OSError as error:
             raise PeerError(f"{what}: {error}") from error
         if done.returncode:
@@ -211,7 +213,13 @@ def quantize(peer: Peer, model: Path, tokens: Path, folder: Path, envs: Path, th
     """Run a peer; its dequantized checkpoint is ``folder/out`` afterwards. Returns the runner's report."""
     python, extra = interpreter(peer, envs)
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads), **extra}
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(threads),
+        **extra,
+    }
     # GPTQModel 7.6 sizes a thread pool by the machine's cores and refuses to start with fewer than four.
     env.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, threads)))
     work, report = folder / "work", folder / "report.json"
@@ -221,7 +229,7 @@ def quantize(peer: Peer, model: Path, tokens: Path, folder: Path, envs: Path, th
     command += [part for name, path in arguments.items() for part in (f"--{name}", str(path.absolute()))]
     command += ["--options", json.dumps(peer.options), "--threads", str(threads)]
     log = envs / f"{peer.module}-{'-'.join(str(value) for value in peer.options.values())}.log"
-    checked(command, f"{peer.module} failed", env, log)
+    checked(command, f"{peer.module} failed", env, log, work)  # some peers leave logs where they run
     figures: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     return figures
 
