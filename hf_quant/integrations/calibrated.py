@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from hf_quant.calibration import CalibrationData, load_calibration
 from hf_quant.checkpoint import check_directory, file_sha256, weight_files
@@ -118,7 +119,8 @@ def run_on_files(
     if current.on_data:
         current.on_data(data)
     fingerprint = _fingerprint(config, plan, data)
-    fingerprint["model"] = {name: file_sha256(directory / name) for name in weight_files(directory)}
+    files = ["config.json", *weight_files(directory)]
+    fingerprint["model"] = {"class": kind.__name__, **{name: file_sha256(directory / name) for name in files}}
     with _journal(current, fingerprint) as (journal, stack):
         model, weights = open_shell(directory, kind, plan, trust_remote_code)
         _run(model, plan, config, data, weights, journal, current)
@@ -139,10 +141,27 @@ def run_on_model(model: PreTrainedModel, plan: Plan, config: HfQuantConfig, toke
         training = model.training
         model.eval()
         try:
-            _run(model, plan, config, data, ModelWeights(model), journal, current)
+            with _in_float32(model, plan):
+                _run(model, plan, config, data, ModelWeights(model), journal, current)
         finally:
             model.train(training)
         return Calibrated(journal, data, stack.pop_all())
+
+
+@contextmanager
+def _in_float32(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Inside, a model computes in float32, as one from files does; the weights to be quantized stay as they are."""
+    planned = {f"{layer.name}.weight" for layer in plan.quantized}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    dtypes = {name: (tensor, tensor.dtype) for name, tensor in tensors if name not in planned}
+    narrow = {name: found for name, found in dtypes.items() if found[1] in (torch.bfloat16, torch.float16)}
+    try:
+        for tensor, _ in narrow.values():
+            tensor.data = tensor.data.to(torch.float32)
+        yield
+    finally:
+        for tensor, dtype in narrow.values():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _run(

@@ -25,6 +25,8 @@ class Absent(nn.Module):
     def __init__(self, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.register_parameter("bias", None if bias is None else nn.Parameter(torch.empty_like(bias)))
+        # no parameter: for models that ask a layer for the dtype of its weight
+        self.weight = torch.empty(0, device="meta")
 
 
 class FileWeights:
