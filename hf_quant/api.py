@@ -28,7 +28,7 @@ from hf_quant.checkpoint.journal import discard
 from hf_quant.config import HfQuantConfig
 from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.formats import FORMATS
-from hf_quant.integrations.calibrated import Session, run_on_model
+from hf_quant.integrations.calibrated import Session, loading, run_on_files, run_on_model
 from hf_quant.integrations.calibrated import session as session_of
 from hf_quant.integrations.transformers import HfQuantQuantizer, prepare, publish, requested_kernel
 from hf_quant.nn.swap import put_quantized, put_vectors, quantized_modules
@@ -302,12 +302,20 @@ def _quantize_on_load(
         raise CheckpointError(
             f"{source} is quantized already ({method}).", "start from the float model, or dequantize it first."
         )
+    stored = getattr(settings, "dtype", None)
+    wanted = stored if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kind = model_class(settings)
+    with torch.device("meta"):
+        skeleton = kind._from_config(settings, **({} if wanted is None else {"dtype": wanted}))
+    plan = make_plan(skeleton, config)
     if saving:
-        with torch.device("meta"):
-            skeleton = model_class(settings)._from_config(settings)
-        plan = make_plan(skeleton, config)
         FORMATS[plan.format].quantization_config(plan)  # raises FormatError before the hours of work
-    return _from_pretrained(source, device, dtype, trust_remote_code, revision=revision, quantization_config=config)
+    options = {"revision": revision, "quantization_config": config}
+    if config.calibration is None:
+        return _from_pretrained(source, device, dtype, trust_remote_code, **options)
+    calibrated = run_on_files(source, kind, plan, config, revision=revision, trust_remote_code=trust_remote_code)
+    with loading(calibrated):
+        return _from_pretrained(source, device, dtype, trust_remote_code, **options)
 
 
 def _from_pretrained(

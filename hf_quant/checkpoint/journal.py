@@ -133,7 +133,7 @@ def open_journal(directory: Path, fingerprint: Mapping[str, Any]) -> Journal:
         differing = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
         if differing:
             raise CheckpointError(
-                f"{directory} holds an unfinished run whose {' and '.join(differing)} differ from this one's.",
+                f"{directory} holds an unfinished run of another {' and '.join(differing)}.",
                 _fix(directory),
             )
         return Journal(directory)

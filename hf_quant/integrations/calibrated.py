@@ -18,7 +18,7 @@ from hf_quant.calibration import CalibrationData, load_calibration
 from hf_quant.checkpoint import check_directory, file_sha256, weight_files
 from hf_quant.checkpoint.contents import SIDE_FILES
 from hf_quant.checkpoint.journal import Journal, open_journal
-from hf_quant.config import CALIBRATED, HfQuantConfig
+from hf_quant.config import HfQuantConfig
 from hf_quant.integrations.shell import ModelWeights, open_shell
 from hf_quant.plan import Plan
 from hf_quant.quantize.contracts import Progress, Weights
@@ -69,6 +69,7 @@ class Calibrated:
         self._stack.close()
 
 
+_ready: ContextVar[Calibrated | None] = ContextVar("hf_quant_ready", default=None)
 _session: ContextVar[Session | None] = ContextVar("hf_quant_session", default=None)
 
 
@@ -82,9 +83,20 @@ def session(current: Session) -> Iterator[Session]:
         _session.reset(token)
 
 
-def is_calibrated(plan: Plan) -> bool:
-    """Whether any layer needs data."""
-    return any(layer.method == CALIBRATED for layer in plan.quantized)
+@contextmanager
+def loading(calibrated: Calibrated) -> Iterator[None]:
+    """Models that are loaded with a calibrated config inside take their layers from this run; it is closed after."""
+    token = _ready.set(calibrated)
+    try:
+        yield
+    finally:
+        _ready.reset(token)
+        calibrated.close()
+
+
+def ready() -> Calibrated | None:
+    """The run that :func:`loading` gave."""
+    return _ready.get()
 
 
 def run_on_files(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -23,16 +22,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant.checkpoint import check_directory
 from hf_quant.config import QUANT_METHOD, HfQuantConfig
-from hf_quant.errors import CheckpointError, FormatError, HfQuantError, KernelError
+from hf_quant.errors import CheckpointError, FormatError, HfQuantError
 from hf_quant.formats import FORMATS, Format, bitsandbytes, compressed_tensors
 from hf_quant.grids import Scheme
 from hf_quant.integrations.conversions import Decode, Quantize, is_ours
+from hf_quant.integrations.published import model_dtype, prepare, publish
 from hf_quant.integrations.stored import StoredModule, scale_dtype, stored_modules
 from hf_quant.kernels import registry
 from hf_quant.nn.linear import QuantLinear
-from hf_quant.nn.swap import float_shape, put_empty, put_float, put_vectors, quantized_modules
+from hf_quant.nn.swap import float_shape, put_empty, put_float, put_quantized, put_vectors, quantized_modules
 from hf_quant.plan import Plan, is_linear, make_plan, plan_of_checkpoint
-from hf_quant.provenance import KEY, make_provenance
+from hf_quant.provenance import KEY
 
 if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,17 +54,6 @@ def requested_kernel(name: str) -> Iterator[None]:
         yield
     finally:
         _kernel.reset(token)
-
-
-class PublishedConfig(QuantizationConfigMixin):
-    """The stock ``quantization_config`` of a model in memory: what ``save_pretrained`` writes to config.json."""
-
-    def __init__(self, published: Mapping[str, Any]) -> None:
-        self.published = dict(published)
-        self.quant_method = self.published["quant_method"]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.published)
 
 
 class _Runtime(HfQuantizer):
@@ -116,7 +105,7 @@ class _Runtime(HfQuantizer):
         # our own conversions are undone by get_state_dict_and_metadata, with names that transformers cannot revert
         model._weight_conversions = [c for c in conversions if not is_ours(c)]  # type: ignore[assignment]
         if getattr(self.quantization_config, "dequantize", False):
-            put_float(model, self._dtype(model))
+            put_float(model, model_dtype(model))
             self.remove_quantization_config(model)
             return model
         publish(model, self)
@@ -132,20 +121,14 @@ class _Runtime(HfQuantizer):
         if self.failure is None:
             self.failure = error
 
-    @staticmethod
-    def _dtype(model: nn.Module, dtype: torch.dtype | str | None = None) -> torch.dtype:
-        """A dtype that may be a string: save_pretrained leaves one in ``config.dtype``."""
-        found = dtype or getattr(model.config, "dtype", None) or torch.float32
-        return getattr(torch, found.removeprefix("torch.")) if isinstance(found, str) else found
-
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        put_float(model, self._dtype(model, dtype))
+        put_float(model, model_dtype(model, dtype))
         model.config.__dict__.pop(KEY, None)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         state = model.state_dict()
-        dtype = self._dtype(model)
+        dtype = model_dtype(model)
         for name, layer in quantized_modules(model):
             for leaf in [leaf for leaf in layer._parameters if leaf != "bias"]:
                 state.pop(f"{name}.{leaf}", None)
@@ -178,7 +161,8 @@ class HfQuantQuantizer(_Runtime):
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.done: set[str] = set()  # layers whose float weight was found and quantized
-        self.calibrated: Calibrated | None = None  # the layers of a calibrated run, which is over before loading begins
+        self.calibrated: Calibrated | None = None  # the layers of a calibrated run that is over
+        self.deferred = False  # it has yet to begin, when the float model is loaded
         self.data: dict[str, Any] | None = None  # what it was calibrated on
         self.results: list[dict[str, Any]] = []  # what it says about each layer
 
@@ -187,7 +171,13 @@ class HfQuantQuantizer(_Runtime):
         self.plan = make_plan(model, self.quantization_config)
         self.format_name = self.plan.format
         if self.quantization_config.calibration is not None:
-            self._calibrate(model)
+            # imported here: it needs transformers' models, and transformers imports this file while it makes them
+            from hf_quant.integrations.calibrated import ready
+
+            self.calibrated = ready()
+            self.deferred = self.calibrated is None
+            if self.deferred:
+                return  # the float model is loaded first: a calibrated run cannot begin inside of transformers' loader
         schemes = {layer.name: layer.scheme for layer in self.plan.quantized if layer.scheme}
         self._methods = {layer.name: layer.method for layer in self.plan.quantized}
         requested = self.quantization_config.kernel
@@ -206,28 +196,34 @@ class HfQuantQuantizer(_Runtime):
             )
 
     def _calibrate(self, model: PreTrainedModel) -> None:
-        # imported here: it needs transformers' models, and transformers imports this file while it makes them
+        """Quantize the layers of the loaded float model, by the float32 weights of its files."""
         from hf_quant.integrations.calibrated import run_on_files
 
         assert self.plan is not None
         config = model.config
-        with torch.device("cpu"):  # the loader makes its own model on the meta device
-            self.calibrated = run_on_files(
-                config.name_or_path,
-                type(model),
-                self.plan,
-                self.quantization_config,
-                revision=getattr(config, "_commit_hash", None),
-                trust_remote_code=type(model).__module__.startswith("transformers_modules"),
-            )
-        self.note_calibrated(self.calibrated)
+        self.calibrated = run_on_files(
+            config.name_or_path,
+            type(model),
+            self.plan,
+            self.quantization_config,
+            revision=getattr(config, "_commit_hash", None),
+            trust_remote_code=type(model).__module__.startswith("transformers_modules"),
+        )
+        for layer in self.plan.quantized:
+            device = model.get_parameter(f"{layer.name}.weight").device
+            tensor = self.calibrated.journal.tensor(layer.name).to(device)
+            put_quantized(model, layer.name, tensor, self.quantization_config.kernel)
+            self.done.add(layer.name)
 
     def note_calibrated(self, calibrated: Calibrated) -> None:
         """Keep what is recorded of a calibrated run."""
         self.data, self.results = calibrated.data.record(), calibrated.journal.results()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.deferred:
+            self._calibrate(model)
         if self.calibrated is not None and self.failure is None:
+            self.note_calibrated(self.calibrated)
             put_vectors(model, self.calibrated.journal.floats())
             self.calibrated.close()
             self.calibrated = None
@@ -273,7 +269,7 @@ class StockRuntime(_Runtime):
             logger.info("%s left to its stock quantizer: %s", model.config.name_or_path, error.problem)
             self._hand_over(model, **kwargs)
             return
-        dtype = self._dtype(model, kwargs.get("dtype"))
+        dtype = model_dtype(model, kwargs.get("dtype"))
         scales = scale_dtype((stored or {}).values(), compressed_tensors.SCALE) or dtype
         self.plan = plan_of_checkpoint(model, schemes, self.format_name, str(scales).removeprefix("torch."))
         put_empty(model, schemes, scales, _kernel.get())
@@ -318,48 +314,6 @@ class StockRuntime(_Runtime):
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": Decode}
-
-
-def publish(model: PreTrainedModel, quantizer: _Runtime) -> None:
-    """Give a quantized model the config that describes it to stock loaders, and its provenance."""
-    config, plan = model.config, quantizer.plan
-    assert plan is not None
-    if isinstance(quantizer.quantization_config, HfQuantConfig):
-        source = getattr(config, "_name_or_path", None) or None
-        revision = getattr(config, "_commit_hash", None)
-        data = getattr(quantizer, "data", None)
-        setattr(config, KEY, make_provenance(plan, quantizer.quantization_config, source, revision, data))
-    try:
-        # written anew for a checkpoint that was loaded, too: its config class keeps neither our marker nor, for a model
-        # of another class, the right names
-        published = quantizer.format.quantization_config(plan, dtype=_Runtime._dtype(model))
-    except FormatError as error:
-        # it runs, but it cannot be saved as it is: is_serializable() says so before anything is written
-        logger.info("this model cannot be saved: %s", error)
-        published = {"quant_method": QUANT_METHOD}
-    config.quantization_config = PublishedConfig(published)
-    model.quantization_method = QUANT_METHOD
-    model.is_quantized = True
-
-
-def prepare(model: nn.Module) -> None:
-    """Choose a kernel for every layer now, and say in one log line which ones run.
-
-    Raises:
-        KernelError: a kernel was asked for by name that cannot run a layer.
-    """
-    dtype = _Runtime._dtype(model)
-    chosen: Counter[tuple[str, str]] = Counter()
-    for name, layer in quantized_modules(model):
-        if layer.weight.device.type == "meta":
-            continue  # offloaded: chosen at the first call
-        try:
-            selection = layer.prepare(dtype)
-        except KernelError as error:
-            raise KernelError(f"{name}: {error.problem}", error.fix) from error
-        chosen[selection.kernel.name, selection.reason] += 1
-    parts = [f"{count} x {kernel} ({reason})" for (kernel, reason), count in chosen.most_common()]
-    logger.info("hf-quant kernels: %s", "; ".join(parts) or "none chosen yet (all layers are offloaded)")
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

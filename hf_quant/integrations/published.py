@@ -1,0 +1,83 @@
+"""What a quantized model says of itself: its stock config, its provenance, and the kernels that run it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_quant.config import QUANT_METHOD, HfQuantConfig
+from hf_quant.errors import FormatError, KernelError
+from hf_quant.nn.swap import quantized_modules
+from hf_quant.provenance import KEY, make_provenance
+
+if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
+    from transformers import PreTrainedModel
+
+    from hf_quant.integrations.transformers import _Runtime
+
+logger = logging.getLogger("hf_quant")
+
+
+class PublishedConfig(QuantizationConfigMixin):
+    """The stock ``quantization_config`` of a model in memory: what ``save_pretrained`` writes to config.json."""
+
+    def __init__(self, published: Mapping[str, Any]) -> None:
+        self.published = dict(published)
+        self.quant_method = self.published["quant_method"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.published)
+
+
+def model_dtype(model: nn.Module, dtype: torch.dtype | str | None = None) -> torch.dtype:
+    """The given dtype, else the model's; either may be a string (save_pretrained leaves one in ``config.dtype``)."""
+    found = dtype or getattr(model.config, "dtype", None) or torch.float32
+    return getattr(torch, found.removeprefix("torch.")) if isinstance(found, str) else found
+
+
+def publish(model: PreTrainedModel, quantizer: _Runtime) -> None:
+    """Give a quantized model the config that describes it to stock loaders, and its provenance."""
+    config, plan = model.config, quantizer.plan
+    assert plan is not None
+    if isinstance(quantizer.quantization_config, HfQuantConfig):
+        source = getattr(config, "_name_or_path", None) or None
+        revision = getattr(config, "_commit_hash", None)
+        data = getattr(quantizer, "data", None)
+        setattr(config, KEY, make_provenance(plan, quantizer.quantization_config, source, revision, data))
+    try:
+        # written anew for a checkpoint that was loaded, too: its config class keeps neither our marker nor, for a model
+        # of another class, the right names
+        published = quantizer.format.quantization_config(plan, dtype=model_dtype(model))
+    except FormatError as error:
+        # it runs, but it cannot be saved as it is: is_serializable() says so before anything is written
+        logger.info("this model cannot be saved: %s", error)
+        published = {"quant_method": QUANT_METHOD}
+    config.quantization_config = PublishedConfig(published)
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+
+
+def prepare(model: nn.Module) -> None:
+    """Choose a kernel for every layer now, and say in one log line which ones run.
+
+    Raises:
+        KernelError: a kernel was asked for by name that cannot run a layer.
+    """
+    dtype = model_dtype(model)
+    chosen: Counter[tuple[str, str]] = Counter()
+    for name, layer in quantized_modules(model):
+        if layer.weight.device.type == "meta":
+            continue  # offloaded: chosen at the first call
+        try:
+            selection = layer.prepare(dtype)
+        except KernelError as error:
+            raise KernelError(f"{name}: {error.problem}", error.fix) from error
+        chosen[selection.kernel.name, selection.reason] += 1
+    parts = [f"{count} x {kernel} ({reason})" for (kernel, reason), count in chosen.most_common()]
+    logger.info("hf-quant kernels: %s", "; ".join(parts) or "none chosen yet (all layers are offloaded)")
