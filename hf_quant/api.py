@@ -158,6 +158,11 @@ def save(
             f"{type(model).__name__} is not quantized by hf-quant.",
             "quantize it with hf_quant.quantize(model, config).",
         )
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            f"{type(model).__name__} carries adapters.",
+            "save them with model.save_pretrained, or merge them into the base first (merge_and_unload).",
+        )
     model.hf_quantizer.is_serializable()
     output = Path(output_dir)
     check_output(output, overwrite)

@@ -28,7 +28,14 @@ WRONG = [
     ({"group_size": -2}, "group_size=-2"),
     ({"group_size": 4}, "group_size=4"),
     ({"group_size": 32.0}, "group_size=32.0"),
-    ({"method": "gptq"}, "method='gptq'"),
+    ({"method": "awq"}, "method='awq'"),
+    ({"preset": "quick"}, "preset='quick'"),
+    ({"calibration": {"samples": 8}}, "calibration is given"),
+    ({"tuning": {"steps": 8}}, "tuning is given"),
+    ({"preset": "fast", "calibration": {}}, "calibration is given"),
+    ({"preset": "balanced", "calibration": {"sample": 8}}, "unknown config key 'sample'"),
+    ({"preset": "balanced", "calibration": {"samples": 1}}, "calibration.samples=1"),
+    ({"preset": "best", "tuning": {"learning_rate": 0.0}}, "tuning.learning_rate=0.0"),
     ({"skip": "lm_head"}, "skip='lm_head'"),
     ({"skip": [3]}, "skip.0=3"),
     ({"on_indivisible": "pad"}, "on_indivisible='pad'"),
@@ -144,3 +151,21 @@ def test_a_broken_recipe_is_an_error(content, tmp_path) -> None:
 def test_a_missing_recipe_is_an_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         HfQuantConfig.from_recipe(tmp_path / "none.yaml")
+
+
+def test_presets_fill_what_is_not_given_and_survive_a_round_trip() -> None:
+    fast, balanced, best = (HfQuantConfig(preset=name) for name in ("fast", "balanced", "best"))
+    assert (fast.method, fast.calibration, fast.tuning) == ("search", None, None)
+    assert balanced.method == "gptq" and balanced.calibration is not None and balanced.tuning is None
+    assert best.calibration is not None and best.tuning is not None
+    assert best.calibration["samples"] > balanced.calibration["samples"]
+    mine = HfQuantConfig(preset="best", calibration={"source": "docs", "samples": 4}, tuning={"steps": 0})
+    assert mine.calibration == {"source": "docs", "samples": 4, "length": 512, "seed": 0}
+    assert mine.tuning is not None and mine.tuning["steps"] == 0
+    for config in (fast, balanced, best, mine, HfQuantConfig(method="gptq", bits=8)):
+        assert HfQuantConfig(**config.to_dict()) == config
+
+
+def test_a_calibrated_override_alone_asks_for_data() -> None:
+    config = HfQuantConfig(overrides={"down_proj": {"method": "gptq"}})
+    assert config.method == "search" and config.calibration is not None
