@@ -53,6 +53,7 @@ from hf_quant.evaluation.results import EvaluationResult
 
 PLOTS_DIR = "plots"
 TEMPLATE = "card_template.md"  # in the wheel; model_cards/template.md in the repository
+BUDGET_PLOT = "budget"  # drawn when the budget was kept, from what is known only then
 PROVENANCE_KEYS = ("version", "format", "method", "recipe", "base_model")
 
 __all__ = ["BaseCard", "CheckpointFacts", "read_base_card", "render", "validate_card", "with_repo_id", "write_card"]
@@ -201,6 +202,8 @@ def write_card(
     )
     drawn = plots.draw(results, layer_rows(manifest.plan, facts.tensors))
     shown = tuple((f"{PLOTS_DIR}/{plot.name}.png", plot.caption) for plot in drawn)
+    if provenance.get("budget") and (directory / PLOTS_DIR / f"{BUDGET_PLOT}.png").is_file():
+        shown += ((f"{PLOTS_DIR}/{BUDGET_PLOT}.png", "The curve of least predicted loss that the budget chose from"),)
     text = render(results, provenance, manifest.plan, replace(facts, plots=shown), base_card)
     _write_plots(directory / PLOTS_DIR, drawn)
     validate_card(text, directory)
@@ -311,5 +314,5 @@ def _write_plots(folder: Path, drawn: Sequence[plots.Plot]) -> None:
     for name, data in wanted.items():
         atomic_write(folder / name, data)
     for old in folder.glob("*") if folder.is_dir() else ():
-        if old.suffix in (".png", ".svg") and old.name not in wanted:
+        if old.suffix in (".png", ".svg") and old.name not in wanted and old.stem != BUDGET_PLOT:
             old.unlink()

@@ -20,6 +20,7 @@ def make_provenance(
     base_model: str | None = None,
     base_revision: str | None = None,
     data: Mapping[str, Any] | None = None,
+    tuned: bool = False,
 ) -> dict[str, Any]:
     """The record, as JSON values.
 
@@ -30,6 +31,7 @@ def make_provenance(
             something about somebody's machine and nothing about the model.
         base_revision: commit of the base model, when it is known.
         data: what it was calibrated on (source, digest, samples, tokens, seed); None for data-free methods.
+        tuned: tuning ran and its result was kept.
     """
     loading = config.get_loading_attributes()
     return {
@@ -40,6 +42,7 @@ def make_provenance(
         "base_model": public_name(base_model) if base_model else None,
         "base_revision": base_revision,
         "data": None if data is None else dict(data),
+        "tuning": config.tuning if tuned else None,
         "scale_dtype": plan.scale_dtype,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "torch": importlib.metadata.version("torch"),

@@ -49,7 +49,8 @@ def publish(model: PreTrainedModel, quantizer: _Runtime) -> None:
         source = getattr(config, "_name_or_path", None) or None
         revision = getattr(config, "_commit_hash", None)
         data = getattr(quantizer, "data", None)
-        setattr(config, KEY, make_provenance(plan, quantizer.quantization_config, source, revision, data))
+        tuned = getattr(quantizer, "tuned", False)
+        setattr(config, KEY, make_provenance(plan, quantizer.quantization_config, source, revision, data, tuned))
     try:
         # written anew for a checkpoint that was loaded, too: its config class keeps neither our marker nor, for a model
         # of another class, the right names

@@ -165,6 +165,7 @@ class HfQuantQuantizer(_Runtime):
         self.deferred = False  # it has yet to begin, when the float model is loaded
         self.data: dict[str, Any] | None = None  # what it was calibrated on
         self.results: list[dict[str, Any]] = []  # what it says about each layer
+        self.tuned = False  # scales, norms and biases were tuned, and the result was kept
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._check_files(model.config, kwargs.get("checkpoint_files"))
@@ -218,6 +219,7 @@ class HfQuantQuantizer(_Runtime):
     def note_calibrated(self, calibrated: Calibrated) -> None:
         """Keep what is recorded of a calibrated run."""
         self.data, self.results = calibrated.data.record(), calibrated.journal.results()
+        self.tuned = bool(calibrated.journal.floats())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.deferred:
