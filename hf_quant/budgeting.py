@@ -27,6 +27,7 @@ from hf_quant.integrations.calibrated import Session
 from hf_quant.plots import draw_budget
 from hf_quant.quantize.allocate import Budget
 from hf_quant.quantize.fit_budget import Attempt, FittedBudget, Measurement, fit_budget
+from hf_quant.quantize.gains import calibrated_gains, with_gains
 from hf_quant.quantize.menu import FUSED, Menu, make_menu
 from hf_quant.quantize.sensitivity import estimate_sensitivity, settings
 from hf_quant.quantize.sensitivity_record import Sensitivity, model_digest
@@ -34,7 +35,6 @@ from hf_quant.skeleton import model_class, read_settings
 
 logger = logging.getLogger("hf_quant")
 HELD_OUT = 8  # one calibration sample of so many is kept to measure on
-CALIBRATED_FACTOR = 0.3  # measured KL of calibrated rounding over the data-free prediction; only a first guess
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,15 @@ def quantize_to_budget(
         model = _float_model(directory, options.get("trust_remote_code", False))
         menu = make_menu(model, config, together=FUSED if fuse else ())
         sensitivity = _sensitivity(model, data, menu, sensitivities, on_sensitivity)
+        if config.method == CALIBRATED:
+            sensitivity = with_gains(sensitivity, calibrated_gains(model, data.batches, menu))
         measure = _Measurement(directory, config, train, stack, options)
         if budget.is_measured:
             measure.reference(model, held_out)
         else:
             del model
             gc.collect()
-        factor = CALIBRATED_FACTOR if config.method == CALIBRATED else 1.0
-        fitted = fit_budget(menu, sensitivity, budget, measure, factor=factor, progress=on_attempt)
+        fitted = fit_budget(menu, sensitivity, budget, measure, progress=on_attempt)
         measure.forget()
         chosen = fitted.allocation.apply(config)
         if chosen.calibration is not None:

@@ -10,8 +10,8 @@ from hf_quant.evaluation.results import EvaluationResult, TextResult
 
 _MOST_TEXTS = 3
 _METHODS = {
-    "gptq": "rounds a weight column by column under the Hessian of its inputs on the calibration data (GPTQ), aiming at "
-    "the float model's outputs, with searched and refitted scales",
+    "gptq": "rounds a weight column by column under the Hessian of its inputs on the calibration data (GPTQ), aiming "
+    "at the float model's outputs, with searched and refitted scales",
     "search": "looks, without data, for the scale (and zero point) of each group that loses least",
     "absmax": "takes each scale from the largest weight of its group (round to nearest)",
 }
