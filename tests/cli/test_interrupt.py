@@ -18,7 +18,7 @@ def test_quantize_leaves_nothing_behind(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     model = tiny_checkpoint("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=24)
-    command = ["quantize", str(model), "-o", str(tmp_path / "deep" / "out")]
+    command = ["quantize", str(model), "-o", str(tmp_path / "deep" / "out"), "--preset", "fast"]
     process = subprocess.Popen(
         [sys.executable, "-m", "hf_quant.cli", *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
     )
