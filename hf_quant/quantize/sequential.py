@@ -29,7 +29,7 @@ from hf_quant.quantize.contracts import LayerResult, Progress, Record, Rungs, We
 from hf_quant.quantize.gptq import DAMPINGS, Factor, best_damping, factorize, round_weight
 from hf_quant.quantize.refit import refit_scales
 from hf_quant.quantize.streams import Residual, Stream, Trace, watched
-from hf_quant.quantize.target import correct
+from hf_quant.quantize.target import Target, correct
 from hf_quant.quantize.weight import quantize_weight
 from hf_quant.tensor import QuantizedTensor
 
@@ -126,6 +126,7 @@ class _Walk:
         self.shared: _Shared | None = None
         self.residuals: dict[str, Residual] = {}
         self.lost: set[str] = set()
+        self.repeated: set[str] = set()  # layers that one pass uses more than once
         self.active: Stream | None = None
         self.started = time.perf_counter()
 
@@ -261,7 +262,9 @@ class _Walk:
             quantize_weight(weight, layer.scheme, FALLBACK, name=name)  # raises what it raises everywhere
         moments = shared.train.plus(shared.held_out)
         group = layer.scheme.group(layer.shape[1])
-        target = correct(weight, shared.train, shared.held_out)
+        # what undoes the errors before the first of several uses of a layer would add to those before the others
+        plain = name in self.repeated
+        target = Target(weight, None, 0.0) if plain else correct(weight, shared.train, shared.held_out)
         if group not in shared.factors:
             damping = best_damping(
                 target.weight, layer.scheme, shared.train.hessian, shared.held_out.hessian, name, self.scale_dtype
@@ -341,8 +344,6 @@ class _Walk:
     def _scout(self) -> None:
         """Run one batch through the first block of every kind, to learn which layers add to a residual stream."""
         unseen = {block.kind for block in self.blocks}
-        if not unseen:
-            return
         scout = self._stream(0, learn=True)
         trace = scout._trace
         assert trace is not None
@@ -351,8 +352,10 @@ class _Walk:
         first: dict[str, Block] = {}
         for block in self.blocks:
             first.setdefault(block.kind, block)
+        met: set[str] = set()
         while scout.layer is not None and unseen:
             name = scout.layer
+            (self.repeated if name in met else met).add(name)
             inputs = scout.inputs
             assert inputs is not None
             weight = self.weights.weight(self.layers[name]).to(self.device)
@@ -360,6 +363,7 @@ class _Walk:
             left, now = self.unit_of[name], None if scout.layer is None else self.unit_of[scout.layer]
             if left != now and left in kinds:
                 unseen.discard(kinds[left])
+        self._find_repeated(scout, met)
         scout.close()
         for block in self.blocks:
             model_block = first[block.kind].name
@@ -367,6 +371,19 @@ class _Walk:
                 found = trace.found.get(model_block + name.removeprefix(block.name))
                 if found is not None:
                     self.residuals[name] = found
+
+    def _find_repeated(self, scout: Stream, met: set[str]) -> None:
+        """Let the scout go on to the end, for the layers that it meets more than once; zeros do for that."""
+        assert scout._trace is not None
+        scout._trace.learn = False
+        try:
+            while scout.layer is not None:
+                (self.repeated if scout.layer in met else met).add(scout.layer)
+                assert scout.inputs is not None
+                width = self.layers[scout.layer].shape[0]
+                self._advance(scout, scout.inputs.new_zeros(*scout.inputs.shape[:-1], width))
+        except CalibrationError as error:
+            logger.debug("no layer is taken for repeated: %s", error)
 
     def _bias(self, name: str) -> torch.Tensor | None:
         bias = getattr(self.model.get_submodule(name), "bias", None)
