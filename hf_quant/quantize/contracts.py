@@ -38,7 +38,8 @@ class LayerResult:
         method: how it was quantized (a layer that saw no data: data-free).
         tokens: rows that its statistics come from.
         error: |quantized - wanted|^2 / |float output|^2 on the calibration data; None without data.
-        gain: share of the output error that aiming at the float model removed before rounding (held-out tokens).
+        gain: squared output error that aiming at the float model removed before rounding, as a share of the squared
+            output (held-out tokens).
         note: why it was not calibrated, or had to be damped; else empty.
     """
 

@@ -30,7 +30,8 @@ class Target:
     Attributes:
         weight: float32 ``[out, in]``.
         damping: that of the correction; None when the float weight is the target.
-        gain: share of the squared output error (before any rounding) that the correction removed on held-out tokens.
+        gain: squared output error (before any rounding) that the correction removed on held-out tokens, as a share of
+            the squared output.
     """
 
     weight: torch.Tensor
