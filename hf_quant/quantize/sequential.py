@@ -127,6 +127,7 @@ class _Walk:
         self.residuals: dict[str, Residual] = {}
         self.lost: set[str] = set()
         self.repeated: set[str] = set()  # layers that one pass uses more than once
+        self.outputs: dict[int, torch.Tensor] = {}  # of float passes that wait, by id, where they are known already
         self.active: Stream | None = None
         self.started = time.perf_counter()
 
@@ -178,6 +179,8 @@ class _Walk:
             else:
                 self._leave_units(self.unit_of[name])
                 self._quantize(name, self._statistics(name, pairs, weight), weight)
+        if len(self.done) == len(self.layers):
+            return  # the rest of the model (its head, over a large vocabulary) has nothing to say
         rounded = (self.tensors[name] if name in self.tensors else self.record.tensor(name)).to(self.device)
         values = rounded.dequantize()
         bias = self._bias(name)
@@ -185,8 +188,11 @@ class _Walk:
             for stream in pair.at(name):
                 inputs = stream.inputs
                 assert inputs is not None
-                used = values if stream is pair.quantized else weight
-                self._advance(stream, linear(inputs, used.to(inputs.dtype), bias))
+                output = self.outputs.pop(id(stream), None)
+                if output is None:
+                    used = values if stream is pair.quantized else weight
+                    output = linear(inputs, used.to(inputs.dtype), bias)
+                self._advance(stream, output)
 
     def _statistics(self, name: str, pairs: Sequence[_Pair], weight: torch.Tensor) -> _Shared:
         """The moments of a layer's inputs; those of the layer before when both read the very same tensors."""
@@ -240,8 +246,9 @@ class _Walk:
         if exact is None or quantized is None or tuple(exact.shape) != expected or exact.shape != quantized.shape:
             return None, None
         assert pair.exact.inputs is not None
-        after = exact + linear(pair.exact.inputs, weight.to(exact.dtype), self._bias(name))
-        loudness = token_rows(after, mask).square().mean(1, keepdim=True).sqrt()
+        output = linear(pair.exact.inputs, weight.to(exact.dtype), self._bias(name))
+        self.outputs[id(pair.exact)] = output
+        loudness = token_rows(exact + output, mask).square().mean(1, keepdim=True).sqrt()
         gap = token_rows(exact.to(torch.float32) - quantized.to(torch.float32), mask)
         return gap, loudness.clamp_(min=torch.finfo(torch.float32).tiny)
 
