@@ -27,13 +27,19 @@ def test_the_python_of_the_readme_runs(
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(tiny_llama)
     blocks = _blocks("README.md", "python")
-    assert len(blocks) == 2
+    pytest.importorskip("peft")
+    assert len(blocks) == 3
     names: dict[str, object] = {"id_or_dir": "path/to/model"}
     for block in blocks:
-        code = block.replace('"some/model"', '"path/to/model"').replace("generate(...)", "generate(max_new_tokens=2)")
+        code = (
+            block.replace('"some/model"', '"path/to/model"')
+            .replace('"MODEL-int4"', '"out"')
+            .replace("generate(...)", "generate(max_new_tokens=2)")
+        )
         exec(code.replace('model.save_pretrained("out")', 'model.save_pretrained("plain")'), names)
     assert (tmp_path / "plain" / "config.json").is_file()
     assert (tmp_path / "out" / "hf_quant.json").is_file()
+    assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES)
