@@ -178,7 +178,8 @@ class _Walk:
                 self._count(LayerResult(name, layer.method), resumed=True)
             else:
                 self._leave_units(self.unit_of[name])
-                self._quantize(name, self._statistics(name, pairs, weight), weight)
+                wanted = layer.method == CALIBRATED
+                self._quantize(name, self._statistics(name, pairs, weight) if wanted else None, weight)
         if len(self.done) == len(self.layers):
             return  # the rest of the model (its head, over a large vocabulary) has nothing to say
         rounded = (self.tensors[name] if name in self.tensors else self.record.tensor(name)).to(self.device)
