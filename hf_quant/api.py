@@ -119,7 +119,7 @@ def quantize(
         if origin:
             _record_base(quantized, Path(origin))
         save(quantized, output_dir, tokenizer, overwrite=overwrite, side_files=files)
-        if current.journal is not None:
+        if current.journal is not None and config.calibration is not None:
             discard(current.journal)
     return quantized
 
