@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from hf_quant.calibration import CalibrationData
+from hf_quant.cli.output import err
 from hf_quant.integrations.calibrated import Session
 from hf_quant.quantize.contracts import Progress
 from hf_quant.quantize.distill import TuningStep
@@ -19,7 +20,6 @@ from hf_quant.quantize.fit_budget import Attempt
 @contextmanager
 def watching(verbose: bool) -> Iterator[Watcher]:
     """Bars while a run goes on; with ``verbose`` also lines."""
-    console = Console(stderr=True, highlight=False)
     bars = Bars(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -28,10 +28,10 @@ def watching(verbose: bool) -> Iterator[Watcher]:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[note]}"),
-        console=console,
+        console=err,
     )
     with bars:
-        yield Watcher(bars, console, verbose)
+        yield Watcher(bars, err, verbose)
 
 
 class Watcher:
@@ -68,7 +68,7 @@ class Watcher:
 
     def tuning(self, step: TuningStep) -> None:
         """An optimizer step more."""
-        note = f"loss {step.loss:.4f}, held out {step.held_out:.4f} (was {step.start:.4f})"
+        note = f"loss {step.loss:.4g}, held out {step.held_out:.4g} (was {step.start:.4g})"
         self._show("tune", step.step, step.steps, note)
         if self.verbose:
             self.console.print(f"tune {step.step}/{step.steps}: {note}", soft_wrap=True)
@@ -81,8 +81,8 @@ class Watcher:
         """A budget of accuracy was tried."""
         measured, allocation = attempt.measured, attempt.allocation
         self.console.print(
-            f"tried {allocation.bits_per_weight:.3f} bits: held-out KL {measured.kl:.4f}, loss "
-            f"{measured.loss_increase:+.4f} ({'within' if attempt.fits else 'over'} the budget)"
+            f"tried {allocation.bits_per_weight:.3f} bits: held-out KL {measured.kl:.3g}, loss "
+            f"{measured.loss_increase:+.3g} ({'within' if attempt.fits else 'over'} the budget)"
         )
 
     def _show(self, title: str, done: int, total: int, note: str) -> None:
