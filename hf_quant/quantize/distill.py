@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_quant.calibration.data import CalibrationData, batch_samples
+from hf_quant.nn.forwards import replaced_forwards
 from hf_quant.plan import Plan
 from hf_quant.quantize.contracts import Weights
 from hf_quant.quantize.objective import Objective, find_objective
@@ -280,7 +281,6 @@ class _Tuner:
     @contextmanager
     def _layers(self, forwards: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
         """Inside, the named layers compute their output (without bias) by the given functions."""
-        modules = {name: self.model.get_submodule(name) for name in forwards}
 
         def with_bias(
             module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]
@@ -291,16 +291,9 @@ class _Tuner:
 
             return run
 
-        replaced = {name: module.__dict__.get("forward") for name, module in modules.items()}
-        for name, module in modules.items():
-            module.forward = with_bias(module, forwards[name])
-        try:
+        modules = ((self.model.get_submodule(name), forward) for name, forward in forwards.items())
+        with replaced_forwards((module, with_bias(module, forward)) for module, forward in modules):
             yield
-        finally:
-            for name, module in modules.items():
-                del module.forward
-                if (before := replaced[name]) is not None:  # a hook of accelerate
-                    module.forward = before
 
     @contextmanager
     def _float_layers(self, weights: Weights) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_quant.errors import CalibrationError
+from hf_quant.nn.forwards import replaced_forwards
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits
 
@@ -67,14 +68,8 @@ def _head_input(model: nn.Module, head: nn.Module, sample: dict[str, torch.Tenso
         found.append(hidden)
         return hidden[..., :1]
 
-    replaced = head.__dict__.get("forward")
-    head.forward = capture
-    try:
+    with replaced_forwards([(head, capture)]):
         model(**sample, **_no_cache(model))
-    finally:
-        del head.forward
-        if replaced is not None:
-            head.forward = replaced
     return _tokens(found[-1], sample) if found else None
 
 

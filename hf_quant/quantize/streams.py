@@ -17,6 +17,8 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from hf_quant.nn.forwards import replaced_forwards
+
 _ADDS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 _SAME = {"dropout", "contiguous", "to"}  # functions that may return their argument itself, or a copy of it
 BLOCK_INPUT = -1
@@ -82,8 +84,6 @@ class Stream:
 @contextmanager
 def watched(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Inside, the named modules hand their input to whoever advances the stream that runs them."""
-    modules = {name: model.get_submodule(name) for name in layers}
-    replaced = {name: module.__dict__.get("forward") for name, module in modules.items()}
 
     def pausing(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -94,15 +94,8 @@ def watched(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
 
         return forward
 
-    for name, module in modules.items():
-        module.forward = pausing(name)
-    try:
+    with replaced_forwards((model.get_submodule(name), pausing(name)) for name in layers):
         yield
-    finally:
-        for name, module in modules.items():
-            del module.forward
-            if (before := replaced[name]) is not None:  # a hook of accelerate
-                module.forward = before
 
 
 class Trace(TorchFunctionMode):
