@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from bench_accuracy import default_model, fill_between, measure
+from bench_accuracy import default_model, fill_between, measure  # type: ignore[import-not-found]
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -49,15 +50,18 @@ def main() -> None:
     with quiet_loading():
         vectors, states = embed(AutoModel.from_pretrained(arguments.model, dtype=torch.float32).eval(), ids)
         similar = (vectors @ vectors.t()).fill_diagonal_(-1).argmax(1)
-        layouts = {
+        layouts: dict[str, dict[str, Any]] = {
             "int4 sym g64": {"group_size": 64},
             "int4 sym g32": {"group_size": 32},
             "int4 asym g32": {"symmetric": False},
             "nf4 g64 dq": {"grid": "nf4"},
             "int8 sym per-channel": {"bits": 8, "group_size": -1},
         }
-        tuned = {"preset": "best", "calibration": {"source": "docs+prose", "samples": arguments.samples, "length": 128}}
-        methods = {
+        tuned: dict[str, Any] = {
+            "preset": "best",
+            "calibration": {"source": "docs+prose", "samples": arguments.samples, "length": 128},
+        }
+        methods: dict[str, dict[str, Any]] = {
             "round to nearest": {"method": "absmax"},
             "fast": {"preset": "fast"},
             "balanced": {**tuned, "preset": "balanced"},

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import transformers
-from bench_accuracy import default_model, fill_between, measure
+from bench_accuracy import default_model, fill_between, measure  # type: ignore[import-not-found]
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
