@@ -29,7 +29,7 @@ PresetName = Literal["fast", "balanced", "best"]
 _PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "search"},
     "balanced": {"method": CALIBRATED, "samples": 32},
-    "best": {"method": CALIBRATED, "samples": 128, "tuning": {}},
+    "best": {"method": CALIBRATED, "samples": 96, "tuning": {}},
 }
 PRESETS = tuple(_PRESETS)
 

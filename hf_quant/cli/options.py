@@ -82,7 +82,7 @@ Calibration = Annotated[
 Samples = Annotated[
     int | None,
     typer.Option(
-        help="Sequences (images, clips) to calibrate on. [dim]Default: 32, for best 128.[/dim]",
+        help="Sequences (images, clips) to calibrate on. [dim]Default: 32, for best 96.[/dim]",
         rich_help_panel=CALIBRATING,
     ),
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_quant.cli import options as o
+from hf_quant.cli.memory import give_memory_back
 from hf_quant.cli.output import out, plan_data, print_json, print_plan, quiet_libraries, size
 from hf_quant.errors import ConfigError
 
@@ -142,6 +143,7 @@ def quantize(
     if budget is None and sensitivities is not None:
         raise ConfigError("--sensitivities is given without a budget.", "add --target-bits or another budget.")
     o.seed_everything(seed)
+    give_memory_back()
     started = time.perf_counter()
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with watching(verbose) as watcher:
