@@ -26,6 +26,7 @@ from peft.utils import other as peft_other
 from torch import nn
 
 from hf_quant.errors import ConfigError, DependencyError
+from hf_quant.integrations.published import model_dtype
 from hf_quant.nn.linear import QuantLinear
 from hf_quant.quantize.merge import MergeCost, MergeReport, merge_delta
 from hf_quant.tensor import QuantizedTensor
@@ -231,7 +232,7 @@ def merge_to_float(
     names = [name for name, layer in base.named_modules() if isinstance(layer, LoraQuantLinear)]
     if not names:
         raise ConfigError(f"{type(base).__name__} has no quantized layer with LoRA.", "call merge_and_unload() on it.")
-    settled = base.hf_quantizer._dtype(base, dtype)
+    settled = model_dtype(base, dtype)
     for name in names:
         layer = base.get_submodule(name)
         assert isinstance(layer, LoraQuantLinear)
