@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import hf_quant
 from hf_quant import HfQuantConfig
 from hf_quant.api import journal_beside
-from hf_quant.calibration import load_calibration
+from hf_quant.calibration import from_batches, load_calibration
 from hf_quant.checkpoint import read_manifest
 from hf_quant.errors import CalibrationError, CheckpointError, ConfigError, OutputExistsError, WeightError
 from hf_quant.integrations.calibrated import Session
@@ -140,16 +140,18 @@ def test_in_memory_as_from_files(dtype: torch.dtype, tiny_checkpoint, text: Path
     assert not any("forward" in vars(module) for module in inner.modules())
 
 
-def test_calibrated_is_closer_to_the_float_model_than_data_free(tiny_llama: Path, text: Path) -> None:
+def test_calibrated_is_closer_to_the_float_model_than_data_free(tiny_llama: Path) -> None:
     exact = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    data = load_calibration("docs", directory=tiny_llama, samples=16, length=64)
-    ids = load_calibration(str(text), directory=tiny_llama, samples=4, length=64).batches[0]["input_ids"]
+    # random tokens: the built-in texts differ between releases of Python
+    rows = torch.randint(3, 380, (72, 64), generator=torch.Generator().manual_seed(0))
+    data = from_batches([{"input_ids": part} for part in rows[:64].split(4)])
+    ids = rows[64:]
     errors = {}
     for preset, extra in (("fast", {}), ("balanced", {"calibration": data})):
         model = hf_quant.quantize(tiny_llama, HfQuantConfig(preset=preset), **extra)
         with torch.no_grad():
             errors[preset] = float((model(ids).logits - exact(ids).logits).square().sum())
-    assert errors["balanced"] < 0.9 * errors["fast"]
+    assert errors["balanced"] < 0.6 * errors["fast"]
 
 
 @pytest.mark.parametrize(
