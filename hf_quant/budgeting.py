@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -33,7 +32,6 @@ from hf_quant.quantize.sensitivity import estimate_sensitivity, settings
 from hf_quant.quantize.sensitivity_record import Sensitivity, model_digest
 from hf_quant.skeleton import model_class, read_settings
 
-logger = logging.getLogger("hf_quant")
 HELD_OUT = 8  # one calibration sample of so many is kept to measure on
 
 
@@ -113,9 +111,8 @@ def quantize_to_budget(
         measure = _Measurement(directory, config, train, stack, options)
         if budget.is_measured:
             measure.reference(model, held_out)
-        else:
-            del model
-            gc.collect()
+        del model  # what is measured against holds it until it is forgotten
+        gc.collect()
         fitted = fit_budget(menu, sensitivity, budget, measure, progress=on_attempt)
         measure.forget()
         chosen = fitted.allocation.apply(config)

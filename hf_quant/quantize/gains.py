@@ -18,6 +18,7 @@ from hf_quant.calibration.statistics import token_rows
 from hf_quant.grids import Scheme
 from hf_quant.quantize.gptq import factorize, round_weight
 from hf_quant.quantize.menu import LayerMenu, Menu
+from hf_quant.quantize.sensitivity import take_samples
 from hf_quant.quantize.sensitivity_record import Sensitivity
 from hf_quant.quantize.weight import quantize_weight
 
@@ -41,13 +42,13 @@ def calibrated_gains(
     Returns:
         A ratio in (0, 1] for every layer; 1 where no token reached it.
     """
-    taken = _first(batches, samples)
+    taken = take_samples(batches, samples)
     gains = {}
     for part in _parts(menu.layers):
         hessians = {layer.name: torch.zeros(layer.shape[1], layer.shape[1]) for layer in part}
         with _watching(model, hessians):
-            for batch in taken:
-                model(**batch)
+            for sample in taken:
+                model(**sample)
         for layer in part:
             gains[layer.name] = _gain(model, layer, hessians.pop(layer.name))
     return gains
@@ -82,17 +83,6 @@ def _narrowest(schemes: Sequence[Scheme]) -> Scheme:
     narrow = [scheme for scheme in schemes if scheme.bits == min(s.bits for s in schemes)]
     ordered = sorted((s for s in narrow if s.group_size > 0), key=lambda s: s.group_size) or narrow
     return ordered[min(1, len(ordered) - 1)]
-
-
-def _first(batches: Sequence[Mapping[str, torch.Tensor]], samples: int) -> list[dict[str, torch.Tensor]]:
-    taken: list[dict[str, torch.Tensor]] = []
-    for batch in batches:
-        count = next(iter(batch.values())).shape[0]
-        if samples <= 0:
-            break
-        taken.append({name: value[:samples] for name, value in batch.items()})
-        samples -= count
-    return taken
 
 
 def _parts(layers: Sequence[LayerMenu]) -> Iterator[list[LayerMenu]]:

@@ -106,7 +106,7 @@ def estimate_sensitivity(
     Raises:
         SensitivityError: no data, no gradient reaches any layer, or a gradient is NaN or Inf.
     """
-    taken = _take(data.batches, samples)
+    taken = take_samples(data.batches, samples)
     if not taken:
         raise SensitivityError("there is no calibration data.", "give at least one sample.")
     found = {layer.name: _Statistics(*_rows(layer, rows, seed + i)) for i, layer in enumerate(menu.layers)}
@@ -137,7 +137,7 @@ def _rows(layer: LayerMenu, rows: int, seed: int) -> tuple[torch.Tensor, bool]:
     return torch.randperm(out, generator=torch.Generator().manual_seed(seed))[:rows].sort().values, False
 
 
-def _take(batches: Sequence[Mapping[str, torch.Tensor]], samples: int) -> list[dict[str, torch.Tensor]]:
+def take_samples(batches: Sequence[Mapping[str, torch.Tensor]], samples: int) -> list[dict[str, torch.Tensor]]:
     """The first samples, each as a batch of one; a batch whose tensors differ in length is taken whole."""
     taken: list[dict[str, torch.Tensor]] = []
     for batch in batches:
