@@ -182,6 +182,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     kernel: str = "auto",
+    activations: str = "float",
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -191,7 +192,8 @@ def load(
         directory: of a compressed-tensors or bitsandbytes 4-bit checkpoint, ours or one that we can hold.
         device: default CPU.
         dtype: of the float part and the activations.
-        kernel: ``auto`` or one of ``reference``, ``cpu``, ``bitsandbytes``.
+        kernel: ``auto`` or one of ``native``, ``cpu``, ``bitsandbytes``, ``reference``.
+        activations: ``int8`` allows kernels to round the activations to 8 bits on the fly (see :class:`HfQuantConfig`).
         trust_remote_code: run model code that comes with the checkpoint.
         **kwargs: for ``from_pretrained``.
 
@@ -204,7 +206,7 @@ def load(
         check_directory(source)
     elif Path(source).is_absolute() or source.startswith("."):
         raise CheckpointError(f"{source} is not a directory.", "pass the directory of a checkpoint, or a Hub id.")
-    with requested_kernel(kernel):
+    with requested_kernel(kernel, activations):
         model = _from_pretrained(source, device, dtype, trust_remote_code, **kwargs)
     if not any(True for _ in quantized_modules(model)):
         raise CheckpointError(
@@ -264,7 +266,7 @@ def _quantize_in_memory(
     else:
         tensors = {layer.name: _quantize_layer(model, plan, layer, device) for layer in plan.quantized}
     for name in list(tensors):
-        put_quantized(model, name, tensors.pop(name), config.kernel)
+        put_quantized(model, name, tensors.pop(name), config.kernel, config.activations)
     quantizer.plan, quantizer.format_name = plan, plan.format
     model.hf_quantizer = quantizer
     if device is not None:

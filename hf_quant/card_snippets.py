@@ -15,7 +15,7 @@ from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, shown_base
 from hf_quant.card_text import one_line, without_paths
 
 # Recipe keys that change how a checkpoint is loaded, not what is in it.
-_LOADING_KEYS = ("quant_method", "kernel", "dequantize")
+_LOADING_KEYS = ("quant_method", "kernel", "activations", "dequantize")
 
 
 def with_repo_id(text: str, repo_id: str) -> str:

@@ -56,6 +56,7 @@ class Calibration(BaseModel):
         samples: sequences, images or clips.
         length: tokens per sequence.
         seed: of the sampling.
+        fold: first rescale input channels where the layer before can take the factors back.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -64,6 +65,7 @@ class Calibration(BaseModel):
     samples: int = Field(default=32, ge=2)
     length: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
+    fold: bool = True
 
 
 class Tuning(BaseModel):
@@ -88,6 +90,7 @@ class _Request(_LayerRequest):
     on_indivisible: Literal["nearest", "error"] = "nearest"
     scale_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     kernel: str = "auto"
+    activations: Literal["float", "int8"] = "float"
     dequantize: bool = False
     preset: PresetName | None = None
     calibration: Calibration | None = None
@@ -123,7 +126,9 @@ class HfQuantConfig(QuantizationConfigMixin):
             says so in the plan; ``error`` raises PlanError.
         scale_dtype: dtype of the stored scales; ``auto`` is float16 for float16 models, else bfloat16 (exactly
             representable in every dtype that stock loaders cast to).
-        kernel: ``auto``, ``reference``, ``cpu`` or ``bitsandbytes``.
+        kernel: ``auto``, ``native``, ``cpu``, ``bitsandbytes`` or ``reference``.
+        activations: ``float`` (default: exact to rounding) or ``int8``: kernels that can (``native``, on the int grids)
+            round the activations to 8 bits on the fly, which is faster and adds an error of its own.
         dequantize: when loading a quantized checkpoint, expand it to a plain float model.
         preset: ``fast`` (data-free, seconds), ``balanced`` (calibrated) or ``best`` (calibrated on more data, then
             tuned end to end): fills ``method``, ``calibration`` and ``tuning`` where they are not given.
@@ -147,6 +152,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         on_indivisible: str = "nearest",
         scale_dtype: str = "auto",
         kernel: str = "auto",
+        activations: str = "float",
         dequantize: bool = False,
         preset: str | None = None,
         calibration: Mapping[str, Any] | None = None,
@@ -177,6 +183,7 @@ class HfQuantConfig(QuantizationConfigMixin):
                 "on_indivisible": on_indivisible,
                 "scale_dtype": scale_dtype,
                 "kernel": kernel,
+                "activations": activations,
                 "dequantize": dequantize,
                 "preset": preset,
                 "calibration": calibration,
@@ -202,6 +209,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.on_indivisible = request.on_indivisible
         self.scale_dtype = request.scale_dtype
         self.kernel = request.kernel
+        self.activations = request.activations
         self.dequantize = request.dequantize
         self.preset = request.preset
         self._check_overrides()
@@ -275,7 +283,7 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Keys that may differ between the checkpoint and the call that loads it."""
-        return {"kernel": self.kernel, "dequantize": self.dequantize}
+        return {"kernel": self.kernel, "activations": self.activations, "dequantize": self.dequantize}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HfQuantConfig) and self.to_dict() == other.to_dict()
@@ -289,6 +297,7 @@ _OTHER_KEYS = (
     "on_indivisible",
     "scale_dtype",
     "kernel",
+    "activations",
     "dequantize",
     "preset",
     "calibration",

@@ -31,6 +31,7 @@ def chat(
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     kernel: o.Kernel = None,
+    activations: o.Activations = "float",
     seed: o.Seed = 0,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
@@ -46,7 +47,12 @@ def chat(
     """
     quiet_libraries()
     model, tokenizer = load_for_chat(
-        directory, device=device, dtype=dtype, kernel=kernel, trust_remote_code=trust_remote_code
+        directory,
+        device=device,
+        dtype=dtype,
+        kernel=kernel,
+        activations=activations,
+        trust_remote_code=trust_remote_code,
     )
     if not raw and not tokenizer.chat_template:
         raise ConfigError(f"the tokenizer of {directory} has no chat template.", "pass --raw to continue plain text.")
@@ -76,7 +82,13 @@ def chat(
 
 
 def load_for_chat(
-    directory: Path, *, device: str | None, dtype: str, kernel: str | None, trust_remote_code: bool = False
+    directory: Path,
+    *,
+    device: str | None,
+    dtype: str,
+    kernel: str | None,
+    activations: str = "float",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on hf-quant's runtime and its tokenizer; raises CheckpointError, ConfigError or KernelError."""
     from transformers import AutoTokenizer
@@ -88,6 +100,7 @@ def load_for_chat(
         device=device,
         dtype=dtype,
         kernel=kernel or "auto",
+        activations=activations,
         trust_remote_code=trust_remote_code,
     )
     try:

@@ -26,6 +26,7 @@ def inspect(
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     kernel: o.Kernel = None,
+    activations: o.Activations = "float",
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
 ) -> None:
@@ -56,6 +57,7 @@ def inspect(
             device=device,
             dtype=dtype,
             kernel=kernel or "auto",
+            activations=activations,
             trust_remote_code=trust_remote_code,
         )
         reports = api.inspect_model(model)

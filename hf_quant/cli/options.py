@@ -145,8 +145,16 @@ Dtype = Annotated[
 Kernel = Annotated[
     str | None,
     typer.Option(
-        help="Force one kernel: reference, cpu, bitsandbytes. [dim]Default: the best that runs each layer; the "
+        help="Force one kernel: native, cpu, bitsandbytes, reference. [dim]Default: the best that runs each layer; the "
         "environment variable HF_QUANT_KERNEL sets it too.[/dim]",
+        rich_help_panel=RUNNING,
+    ),
+]
+Activations = Annotated[
+    Literal["float", "int8"],
+    typer.Option(
+        help="int8: kernels that can round the activations to 8 bits on the fly, which is faster and adds an error of "
+        "its own. [dim]The environment variable HF_QUANT_ACTIVATIONS sets it too.[/dim]",
         rich_help_panel=RUNNING,
     ),
 ]

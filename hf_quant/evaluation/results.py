@@ -121,8 +121,8 @@ class EvaluationResult(_Strict):
         candidate_digest: of the candidate's manifest when it was made by hf-quant (its files were checked against it).
         reference_dtype: what the float model ran in when accuracy was measured.
         reference_stored_dtype: what its files hold (``float_disk_bytes`` depends on it).
-        accuracy_kernels: layers per kernel of the candidate when accuracy was measured; at another dtype than that of
-            ``speed`` other kernels may run.
+        accuracy_kernels: layers per kernel of the candidate when accuracy was measured, with what it did with the
+            activations where it has a choice; at another dtype than that of ``speed`` other kernels may run.
         command: how to get these results again.
     """
 

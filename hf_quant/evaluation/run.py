@@ -37,7 +37,9 @@ from hf_quant.evaluation.text import BUILT_IN, Text, Windows, cut_windows, load_
 
 BOOTSTRAP_SAMPLES = 10_000
 KERNEL_VARIABLE = "HF_QUANT_KERNEL"
+ACTIVATIONS_VARIABLE = "HF_QUANT_ACTIVATIONS"
 AUTO_KERNEL = "auto"
+FLOAT_ACTIVATIONS = "float"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class _Job:
     narrow: torch.dtype
     device: str
     kernel: str
+    activations: str
+
+    @property
+    def forces(self) -> str | None:
+        """What was asked of our kernels, as it was written; None for the defaults."""
+        return _forces(self.kernel, self.activations)
 
     @property
     def floor_dtype(self) -> torch.dtype:
@@ -73,6 +81,7 @@ def evaluate(
     speed: bool = True,
     noise_floor: bool = True,
     kernel: str = AUTO_KERNEL,
+    activations: str = FLOAT_ACTIVATIONS,
     repeats: int = 3,
     bootstrap_samples: int = BOOTSTRAP_SAMPLES,
     trust_remote_code: bool = False,
@@ -100,6 +109,7 @@ def evaluate(
         speed: measure load seconds, prefill and decode tokens per second too.
         noise_floor: compare the reference in 16 bits with itself too.
         kernel: force one of our kernels for the candidate (``auto``: the best for each layer).
+        activations: ``int8`` allows our kernels to round the candidate's activations to 8 bits.
         repeats: timed runs for the speed.
         bootstrap_samples: resamples for the confidence intervals.
         trust_remote_code: run Python code that comes with the models.
@@ -115,17 +125,19 @@ def evaluate(
         DependencyError: a package that a format or a Hub dataset needs is not installed.
         OutputError: no space for the temporary copy of a model in memory.
     """
-    if kernel != AUTO_KERNEL and isinstance(candidate, PreTrainedModel):
-        raise EvaluationError(
-            f"kernel={kernel} for a model in memory.", "load it with that kernel, or pass a directory."
-        )
+    forces = _forces(kernel, activations)
+    if forces is not None and isinstance(candidate, PreTrainedModel):
+        raise EvaluationError(f"{forces} for a model in memory.", "load it with that, or pass a directory.")
     loaded = [text if isinstance(text, Text) else load_text(text) for text in texts]
     _check_names(loaded)
     bootstrap = Bootstrap(windows, bootstrap_samples, seed)
     with ExitStack() as stack:
         stages = stack.enter_context(Stages(progress))
         stack.enter_context(quiet_loading())
-        stack.enter_context(_forced(kernel))
+        if kernel != AUTO_KERNEL:
+            stack.enter_context(_environment(KERNEL_VARIABLE, kernel))
+        if activations != FLOAT_ACTIVATIONS:
+            stack.enter_context(_environment(ACTIVATIONS_VARIABLE, activations))
         float_origin = stack.enter_context(
             opened(reference, "reference", trust_remote_code=trust_remote_code, revision=reference_revision)
         )
@@ -146,6 +158,7 @@ def evaluate(
             narrow,
             device or "cpu",
             kernel,
+            activations,
         )
         accuracy, floors, ran = _accuracy(job, noise_floor)
         sizes, speeds = _footprint(job, bits, repeats if speed else 0)
@@ -213,10 +226,10 @@ def _against(
     """A model against the reference on every text, and how many of its layers each kernel ran."""
     with job.stages.stage(f"load {title}"):
         model = origin.model or origin.load(dtype, job.device)
-        if origin is job.candidate and job.kernel != AUTO_KERNEL and not _runs_our_kernels(model):
+        if origin is job.candidate and job.forces is not None and not _runs_our_kernels(model):
             raise EvaluationError(
-                f"kernel={job.kernel} was asked for, but {origin.label} has no layer of hf-quant.",
-                "drop the kernel, or evaluate a checkpoint made by hf-quant.",
+                f"{job.forces} was asked for, but {origin.label} has no layer of hf-quant.",
+                "drop that, or evaluate a checkpoint made by hf-quant.",
             )
         stream = LogitStream(model, "the candidate" if origin is job.candidate else f"the reference in {_name(dtype)}")
     found = []
@@ -333,21 +346,24 @@ def _runs_our_kernels(model: PreTrainedModel) -> bool:
     return any(hasattr(module, "kernel_name") for module in model.modules())
 
 
+def _forces(kernel: str, activations: str) -> str | None:
+    if kernel != AUTO_KERNEL:
+        return f"kernel={kernel}"
+    return None if activations == FLOAT_ACTIVATIONS else f"activations={activations}"
+
+
 @contextmanager
-def _forced(kernel: str) -> Iterator[None]:
-    """The kernel for layers that are made and prepared inside the block."""
-    if kernel == AUTO_KERNEL:
-        yield
-        return
-    before = os.environ.get(KERNEL_VARIABLE)
-    os.environ[KERNEL_VARIABLE] = kernel
+def _environment(variable: str, value: str) -> Iterator[None]:
+    """What layers that are made and prepared inside the block ask for."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[KERNEL_VARIABLE]
+            del os.environ[variable]
         else:
-            os.environ[KERNEL_VARIABLE] = before
+            os.environ[variable] = before
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -81,7 +81,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 continue
             yield tensor
             yield from _state(getattr(tensor, "quant_state", None))
-        extras = getattr(getattr(module, "_prepared", None), "extras", None)
+        extras = getattr(getattr(getattr(module, "_ready", None), "prepared", None), "extras", None)
         if isinstance(extras, Mapping):
             yield from (value for value in extras.values() if isinstance(value, torch.Tensor))
         state = getattr(module, "state", None)  # LLM.int8 moves its codes and scales here with the first forward pass

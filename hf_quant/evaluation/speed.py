@@ -100,11 +100,14 @@ def measure(
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
-    """How many linear layers each kernel runs; ``float`` is torch's own linear, other libraries go by their names."""
+    """How many linear layers each kernel runs; ``float`` is torch's own linear, other libraries go by their names.
+
+    Where a kernel has a choice, its name says what it did with the activations: ``native (int8 activations)``.
+    """
     counts: Counter[str] = Counter()
     for module in model.modules():
         package = type(module).__module__.partition(".")[0]
-        name = getattr(module, "kernel_name", None)
+        name = getattr(module, "kernel_label", None)
         if isinstance(name, str):
             counts[name] += 1
         elif isinstance(module, nn.Linear | Conv1D) or (

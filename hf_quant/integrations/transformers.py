@@ -42,17 +42,20 @@ if TYPE_CHECKING:  # transformers imports its quantizers, and with them this fil
 logger = logging.getLogger("hf_quant")
 RUNTIME_VARIABLE = "HF_QUANT_RUNTIME"
 _kernel: ContextVar[str] = ContextVar("hf_quant_kernel", default=registry.AUTO)
+_activations: ContextVar[str] = ContextVar("hf_quant_activations", default=registry.FLOAT)
 _STOCK = {compressed_tensors.NAME: compressed_tensors.NAME, "bitsandbytes_4bit": bitsandbytes.NAME}
 _replaced: dict[str, Any] = {}
 
 
 @contextmanager
-def requested_kernel(name: str) -> Iterator[None]:
-    """Every layer made inside asks for this kernel; raises ConfigError for an unknown name."""
+def requested_kernel(name: str, activations: str = registry.FLOAT) -> Iterator[None]:
+    """Every layer made inside asks for this kernel and these activations; raises ConfigError for an unknown name."""
     token = _kernel.set(registry.check_name(name))
+    mode = _activations.set(registry.check_activations(activations))
     try:
         yield
     finally:
+        _activations.reset(mode)
         _kernel.reset(token)
 
 
@@ -181,9 +184,14 @@ class HfQuantQuantizer(_Runtime):
                 return  # the float model is loaded first: a calibrated run cannot begin inside of transformers' loader
         schemes = {layer.name: layer.scheme for layer in self.plan.quantized if layer.scheme}
         self._methods = {layer.name: layer.method for layer in self.plan.quantized}
-        requested = self.quantization_config.kernel
-        put_empty(
-            model, schemes, getattr(torch, self.plan.scale_dtype), _kernel.get() if requested == "auto" else requested
+        put_empty(model, schemes, getattr(torch, self.plan.scale_dtype), *self._requested())
+
+    def _requested(self) -> tuple[str, str]:
+        """The kernel and the activations to ask for: the config's own where it says more than its default."""
+        kernel, activations = self.quantization_config.kernel, self.quantization_config.activations
+        return (
+            _kernel.get() if kernel == registry.AUTO else kernel,
+            _activations.get() if activations == registry.FLOAT else activations,
         )
 
     def _check_loaded(self) -> None:
@@ -213,13 +221,13 @@ class HfQuantQuantizer(_Runtime):
         for layer in self.plan.quantized:
             device = model.get_parameter(f"{layer.name}.weight").device
             tensor = self.calibrated.journal.tensor(layer.name).to(device)
-            put_quantized(model, layer.name, tensor, self.quantization_config.kernel)
+            put_quantized(model, layer.name, tensor, *self._requested())
             self.done.add(layer.name)
 
     def note_calibrated(self, calibrated: Calibrated) -> None:
         """Keep what is recorded of a calibrated run."""
         self.data, self.results = calibrated.data.record(), calibrated.journal.results()
-        self.tuned = bool(calibrated.journal.floats())
+        self.tuned = calibrated.tuned
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.deferred:
@@ -274,7 +282,7 @@ class StockRuntime(_Runtime):
         dtype = model_dtype(model, kwargs.get("dtype"))
         scales = scale_dtype((stored or {}).values(), compressed_tensors.SCALE) or dtype
         self.plan = plan_of_checkpoint(model, schemes, self.format_name, str(scales).removeprefix("torch."))
-        put_empty(model, schemes, scales, _kernel.get())
+        put_empty(model, schemes, scales, _kernel.get(), _activations.get())
 
     def _hand_over(self, model: PreTrainedModel, **kwargs: Any) -> None:
         stock = self.stock(self.quantization_config, pre_quantized=self.pre_quantized)
@@ -342,7 +350,7 @@ def register() -> None:
     if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(QUANT_METHOD)(HfQuantConfig)
         auto.register_quantizer(QUANT_METHOD)(HfQuantQuantizer)
-        # lets `dequantize` and `kernel` be given when a checkpoint is loaded
+        # lets `dequantize`, `kernel` and `activations` be given when a checkpoint is loaded
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, HfQuantConfig)
 
 

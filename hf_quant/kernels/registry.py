@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -29,8 +30,12 @@ from hf_quant.errors import ConfigError, KernelError
 from hf_quant.grids import Scheme
 from hf_quant.tensor import QuantizedTensor
 
+logger = logging.getLogger("hf_quant")
 ENVIRONMENT_VARIABLE = "HF_QUANT_KERNEL"
+ACTIVATIONS_VARIABLE = "HF_QUANT_ACTIVATIONS"
 AUTO = "auto"
+FLOAT, INT8 = "float", "int8"
+ACTIVATIONS = (FLOAT, INT8)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class LayerSpec:
         in_features: columns of the weight.
         device: the device type: ``cpu``, ``cuda``, ...
         dtype: of the activations, hence of the output.
+        activations: ``int8`` allows a kernel to round them to 8 bits on the fly; ``float`` does not.
     """
 
     scheme: Scheme
@@ -50,6 +56,7 @@ class LayerSpec:
     in_features: int
     device: str
     dtype: torch.dtype
+    activations: str = FLOAT
 
     @property
     def group(self) -> int:
@@ -73,10 +80,13 @@ class Prepared:
     """What a kernel keeps of a weight: complete by itself, so that a forward pass needs nothing else.
 
     Attributes:
-        weight: uint8, shape and bytes of the canonical packed codes, which it replaces: kernels that change the layout
-            permute bytes and bits, they never hold a second copy of the codes.
+        weight: uint8, the codes in the layout of the kernel, which replace the canonical ones: kernels permute bytes
+            and bits, they never hold a second copy of the codes. A tiled layout is padded to whole tiles, so the shape
+            may differ from the canonical one.
         extras: everything else that the kernel reads, by a name of its own. The canonical ``scale`` and ``zero_point``
             are the tensor's own objects, not copies; derived tensors (scales in another dtype) are small.
+        scale: scales in the layout of the kernel, when they replace the canonical ones; None leaves those alone.
+        zero_point: likewise.
 
     It describes tensors where they are: a layer that moves to another device or dtype restores the codes, moves its
     canonical tensors and prepares again.
@@ -84,6 +94,8 @@ class Prepared:
 
     weight: torch.Tensor
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
 
 
 class Kernel(ABC):
@@ -95,14 +107,23 @@ class Kernel(ABC):
 
     name: ClassVar[str]
     relayouts: ClassVar[bool]  # prepare() changes the layout of the codes; when False, Prepared.weight IS tensor.packed
+    activation_modes: ClassVar[tuple[str, ...]] = (FLOAT,)
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine at all (package or instruction set missing); None when it can."""
         return None
 
+    def missed(self) -> bool:
+        """Whether layers that it would run should say once that it is not available."""
+        return False
+
     @abstractmethod
     def unsupported(self, spec: LayerSpec) -> str | None:
         """Why it cannot run this layer, in one clause without a full stop; None when it can."""
+
+    def activations(self, spec: LayerSpec) -> str:
+        """What it will do with the activations of this layer: ``int8`` only where the layer allows it."""
+        return FLOAT
 
     @abstractmethod
     def describe(self, spec: LayerSpec) -> str:
@@ -115,6 +136,10 @@ class Kernel(ABC):
     @abstractmethod
     def restore(self, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
         """The canonical packed codes, bit for bit those that :meth:`prepare` was given."""
+
+    def restore_rows(self, tiled: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+        """Scales or zero points ``[out, in/group]`` again, from this kernel's ``Prepared.scale`` or ``.zero_point``."""
+        return tiled
 
     @abstractmethod
     def dequantize(self, prepared: Prepared, spec: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
@@ -129,10 +154,17 @@ class Kernel(ABC):
 
 @dataclass(frozen=True)
 class Selection:
-    """The kernel that runs a layer, and one line that says why."""
+    """The kernel that runs a layer, one line that says why, and what the kernel does with the activations."""
 
     kernel: Kernel
     reason: str
+    activations: str = FLOAT
+
+    @property
+    def label(self) -> str:
+        """The kernel's name; where a kernel has a choice, what it does with the activations too."""
+        name = self.kernel.name
+        return name if len(self.kernel.activation_modes) == 1 else f"{name} ({self.activations} activations)"
 
 
 @dataclass(frozen=True)
@@ -152,6 +184,7 @@ class _Entry:
 
 # In order of preference: automatic selection takes the first one that wants the layer and can run it.
 _ENTRIES: tuple[_Entry, ...] = (
+    _Entry("native", "hf_quant.kernels.native:NativeKernel", lambda spec: spec.device == "cpu"),
     _Entry("cpu", "hf_quant.kernels.cpu:CpuKernel", lambda spec: spec.device == "cpu"),
     # on CPU its NF4/FP4 dequantization is native code, 1.3 to 4 times faster than the reference for few rows
     _Entry(
@@ -176,6 +209,18 @@ def check_name(name: str, where: str = "kernel") -> str:
     near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(f"{where}={name!r} is not a kernel.", f"{hint}choose one of {', '.join(known)}.")
+
+
+def check_activations(mode: str, where: str = "activations") -> str:
+    """``mode`` when it is ``float`` or ``int8``; raises ConfigError otherwise."""
+    if mode in ACTIVATIONS:
+        return mode
+    raise ConfigError(f"{where}={mode!r} is not a way to hold activations.", f"choose {' or '.join(ACTIVATIONS)}.")
+
+
+def activations(requested: str) -> str:
+    """What a layer asks for: the environment variable HF_QUANT_ACTIVATIONS where it is set, else ``requested``."""
+    return check_activations(os.environ.get(ACTIVATIONS_VARIABLE) or requested, ACTIVATIONS_VARIABLE)
 
 
 @cache
@@ -223,23 +268,34 @@ def select(spec: LayerSpec, requested: str = AUTO, allow_relayout: bool = True) 
         kernel = get(entry.name)
         why_not = refusal(kernel, spec, allow_relayout)
         if why_not is None:
-            return Selection(kernel, _reason(kernel, spec, declined))
+            return _selection(kernel, spec, declined)
         declined.append(f"not {entry.name}: {why_not}")
+        if kernel.missed() and allow_relayout and kernel.unsupported(spec) is None:
+            _say_once(entry.name, why_not)
     raise KernelError(f"no kernel runs {spec.label}: {'; '.join(declined)}.", "leave this layer in float.")
 
 
 def _forced(name: str, origin: str, spec: LayerSpec, allow_relayout: bool) -> Selection:
     kernel = get(name)
     why_not = refusal(kernel, spec, allow_relayout)
+    if spec.activations not in kernel.activation_modes:
+        why_not = why_not or f"it computes with {FLOAT} activations only, and activations={spec.activations}"
     if why_not is None:
         how = f"{ENVIRONMENT_VARIABLE}={name}" if origin == "environment" else "asked for"
-        return Selection(kernel, _reason(kernel, spec, [how]))
+        return _selection(kernel, spec, [how])
     others = [other for other in names() if other != name and refusal(get(other), spec, allow_relayout) is None]
     works = f"{' and '.join(others)} can run it" if others else "no other kernel can run it either"
     where = f"{ENVIRONMENT_VARIABLE}=" if origin == "environment" else "kernel="
     raise KernelError(f"{where}{name} cannot run {spec.label}: {why_not}.", f"{works}; kernel=auto chooses by itself.")
 
 
-def _reason(kernel: Kernel, spec: LayerSpec, notes: list[str]) -> str:
+def _selection(kernel: Kernel, spec: LayerSpec, notes: list[str]) -> Selection:
     line = f"{spec.scheme.label}, {spec.dtype_name} activations: {kernel.describe(spec)}"
-    return f"{line} ({'; '.join(notes)})" if notes else line
+    if spec.activations not in kernel.activation_modes:
+        notes = [*notes, f"activations={spec.activations} not used: this kernel computes with {FLOAT} ones"]
+    return Selection(kernel, f"{line} ({'; '.join(notes)})" if notes else line, kernel.activations(spec))
+
+
+@cache
+def _say_once(name: str, why_not: str) -> None:
+    logger.warning("hf-quant: slower kernels run instead of %s, because %s.", name, why_not)

@@ -15,7 +15,7 @@ from hf_quant.kernels import registry
 from hf_quant.tensor import DoubleQuant, QuantizedTensor
 
 # Layouts change in place, so only one thread may do it; layers are prepared once, so one lock for all is enough.
-_PREPARE = threading.Lock()
+_PREPARE = threading.RLock()
 _NESTED = ("weight_scale_absmax", "weight_scale_offset", "weight_scale_table")
 
 
@@ -46,6 +46,8 @@ class QuantLinear(nn.Module):
         scale_dtype: of the stored scales on the int grids.
         device: where the (empty) parameters are made.
         kernel: ``auto`` or a kernel's name (see :mod:`hf_quant.kernels.registry`).
+        activations: ``int8`` allows the kernel to round the activations to 8 bits on the fly, ``float`` does not; the
+            environment variable HF_QUANT_ACTIVATIONS wins over it.
     """
 
     weight: nn.Parameter
@@ -62,12 +64,14 @@ class QuantLinear(nn.Module):
         scale_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         kernel: str = registry.AUTO,
+        activations: str = registry.FLOAT,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
         self.kernel_request = registry.check_name(kernel)
+        self.activations_request = registry.check_activations(activations)
         self.transposed_source = False  # the float layer was a Conv1D, whose weight is [in, out]
         # one attribute, so that a thread never sees the kernel of one call with the layout of another
         self._ready: _Ready | None = None
@@ -100,7 +104,11 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls, tensor: QuantizedTensor, bias: torch.Tensor | None = None, kernel: str = registry.AUTO
+        cls,
+        tensor: QuantizedTensor,
+        bias: torch.Tensor | None = None,
+        kernel: str = registry.AUTO,
+        activations: str = registry.FLOAT,
     ) -> QuantLinear:
         """A layer around an existing tensor (not copied)."""
         scale_dtype = tensor.scale.dtype if tensor.scale is not None else torch.float32
@@ -112,6 +120,7 @@ class QuantLinear(nn.Module):
             scale_dtype=scale_dtype,
             device="meta",
             kernel=kernel,
+            activations=activations,
         )
         layer.assign(tensor)
         if bias is not None:
@@ -142,16 +151,28 @@ class QuantLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight in the canonical packing, bit for bit what was loaded or assigned."""
-        ready = self._ready
-        packed = self.weight.data if ready is None else ready.selection.kernel.restore(ready.prepared, ready.spec)
+        with _PREPARE:
+            found = {name: p.data for name, p in self._parameters.items() if p is not None} | self._canonical()
         nested, scale = None, None
         if self.scheme.double_quant:
-            absmax, offset, table = (getattr(self, name).data for name in _NESTED)
-            nested = DoubleQuant(self.weight_scale.data, absmax, offset, table)
+            absmax, offset, table = (found[name] for name in _NESTED)
+            nested = DoubleQuant(found["weight_scale"], absmax, offset, table)
         else:
-            scale = self.weight_scale.data
-        zero = None if self.weight_zero_point is None else self.weight_zero_point.data
-        return QuantizedTensor(packed, scale, zero, self.scheme, (self.out_features, self.in_features), nested)
+            scale = found["weight_scale"]
+        zero, shape = found.get("weight_zero_point"), (self.out_features, self.in_features)
+        return QuantizedTensor(found["weight"], scale, zero, self.scheme, shape, nested)
+
+    def _canonical(self) -> dict[str, torch.Tensor]:
+        """In the canonical packing, by name: the parameters that a kernel has put into a layout of its own."""
+        ready = self._ready
+        if ready is None:
+            return {}
+        kernel, prepared, spec = ready.selection.kernel, ready.prepared, ready.spec
+        found = {"weight": kernel.restore(prepared, spec)}
+        for name, own in (("weight_scale", prepared.scale), ("weight_zero_point", prepared.zero_point)):
+            if own is not None:
+                found[name] = kernel.restore_rows(own, spec)
+        return found
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``[out, in]``: computed in float32, rounded once to ``dtype``."""
@@ -169,13 +190,19 @@ class QuantLinear(nn.Module):
 
     def _prepare(self, dtype: torch.dtype) -> _Ready:
         with _PREPARE:
-            spec = registry.LayerSpec(self.scheme, self.out_features, self.in_features, self.weight.device.type, dtype)
+            activations = registry.activations(self.activations_request)
+            device = self.weight.device.type
+            spec = registry.LayerSpec(self.scheme, self.out_features, self.in_features, device, dtype, activations)
             ready = self._ready
             if ready is None or ready.spec != spec:
                 self._restore()
                 selection = registry.select(spec, self.kernel_request, allow_relayout=not self._is_offloaded())
                 prepared = selection.kernel.prepare(self.quantized(), spec)
                 self.weight.data = prepared.weight
+                if prepared.scale is not None:
+                    self.weight_scale.data = prepared.scale
+                if prepared.zero_point is not None and self.weight_zero_point is not None:
+                    self.weight_zero_point.data = prepared.zero_point
                 self._ready = ready = _Ready(selection, spec, prepared)
                 self._chosen = selection
             return ready
@@ -191,14 +218,14 @@ class QuantLinear(nn.Module):
         self._ready = None
 
     def _restore(self) -> None:
-        ready = self._ready
-        if ready is not None:
-            self.weight.data = ready.selection.kernel.restore(ready.prepared, ready.spec)
+        for name, tensor in self._canonical().items():
+            self._parameters[name].data = tensor  # type: ignore[union-attr]
         self.forget()
 
     def _is_offloaded(self) -> bool:
         # accelerate swaps the parameters of offloaded layers in and out around every call: a new layout would be lost
-        return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
+        hook = self.__dict__.get("_hf_hook")
+        return hook is not None and bool(getattr(hook, "offload", False))
 
     @property
     def kernel_name(self) -> str | None:
@@ -209,6 +236,11 @@ class QuantLinear(nn.Module):
     def kernel_reason(self) -> str | None:
         """Why that kernel, in one line."""
         return None if self._chosen is None else self._chosen.reason
+
+    @property
+    def kernel_label(self) -> str | None:
+        """The kernel's name, and what it does with the activations where it has a choice."""
+        return None if self._chosen is None else self._chosen.label
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in]`` -> ``[..., out]`` in ``x.dtype``."""
@@ -246,18 +278,20 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._ready is not None:
-            destination[f"{prefix}weight"] = self.quantized().packed
+        with _PREPARE:
+            destination.update({f"{prefix}{name}": tensor for name, tensor in self._canonical().items()})
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.release()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self._ready is not None:
-            state["_parameters"] = dict(self._parameters)
-            state["_parameters"]["weight"] = nn.Parameter(self.quantized().packed, requires_grad=False)
+        with _PREPARE:
+            state = self.__dict__.copy()
+            canonical = self._canonical()
+        state["_parameters"] = dict(self._parameters)
+        for name, tensor in canonical.items():
+            state["_parameters"][name] = nn.Parameter(tensor, requires_grad=False)
         state["_ready"] = state["_chosen"] = None
         return state
 

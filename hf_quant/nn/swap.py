@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_quant.grids import Scheme
+from hf_quant.kernels import registry
 from hf_quant.nn.linear import QuantLinear
 from hf_quant.tensor import QuantizedTensor
 
@@ -26,7 +27,13 @@ def float_shape(module: nn.Module) -> tuple[int, int]:
     return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
-def put_empty(model: nn.Module, schemes: Mapping[str, Scheme], scale_dtype: torch.dtype, kernel: str) -> None:
+def put_empty(
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    scale_dtype: torch.dtype,
+    kernel: str,
+    activations: str = registry.FLOAT,
+) -> None:
     """Replace the named float layers by empty QuantLinears on the meta device, to be filled by a loader."""
     for name, scheme in schemes.items():
         module = model.get_submodule(name)
@@ -41,17 +48,21 @@ def put_empty(model: nn.Module, schemes: Mapping[str, Scheme], scale_dtype: torc
             scale_dtype=scale_dtype,
             device="meta",
             kernel=kernel,
+            activations=activations,
         )
         layer.transposed_source = isinstance(module, Conv1D)
         layer.train(module.training)
         model.set_submodule(name, layer)
 
 
-def put_quantized(model: nn.Module, name: str, tensor: QuantizedTensor, kernel: str) -> QuantLinear:
+def put_quantized(
+    model: nn.Module, name: str, tensor: QuantizedTensor, kernel: str, activations: str = registry.FLOAT
+) -> QuantLinear:
     """Replace one float layer by a QuantLinear that holds ``tensor``; the float weight is freed."""
     module = model.get_submodule(name)
     bias = module.bias
-    layer = QuantLinear.from_quantized(tensor, bias if isinstance(bias, torch.Tensor) else None, kernel)
+    given = bias if isinstance(bias, torch.Tensor) else None
+    layer = QuantLinear.from_quantized(tensor, given, kernel, activations)
     layer.transposed_source = isinstance(module, Conv1D)
     layer.train(module.training)
     model.set_submodule(name, layer)

@@ -132,7 +132,7 @@ def test_memory_counts_what_bitsandbytes_keeps_beside_the_codes():
 
 def test_kernels_are_counted_by_name(tiny_model):
     class Ours(nn.Module):
-        kernel_name = "reference"
+        kernel_label = "reference"
 
     assert kernels(tiny_model("opt")) == {"float": 13}
     assert kernels(tiny_model("gpt2")) == {"float": 9}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,10 +26,18 @@ def layer(
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(registry.ACTIVATIONS_VARIABLE, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of preference below the native kernel, but for the tests that are about it."""
+    if "native" not in request.node.name:
+        monkeypatch.setattr(registry.get("native"), "unavailable", lambda: "there is no library")
 
 
 def test_names_are_what_can_be_asked_for() -> None:
-    assert registry.names() == ("cpu", "bitsandbytes", "reference")
+    assert registry.names() == ("native", "cpu", "bitsandbytes", "reference")
     assert registry.check_name("auto") == "auto"
     assert registry.get("reference") is registry.get("reference")
     assert [registry.get(name).name for name in registry.names()] == list(registry.names())
@@ -121,6 +132,59 @@ def test_unknown_device_runs_on_the_reference() -> None:
     assert select(spec).kernel.name == "reference"
 
 
+def native(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> registry.Kernel:
+    kernel = registry.get("native")
+    monkeypatch.setattr(kernel, "unavailable", lambda: reason)
+    monkeypatch.setattr(kernel, "missed", lambda: True)
+    monkeypatch.setattr(kernel, "describe", lambda spec: "native for tests")
+    registry._say_once.cache_clear()
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_native_is_the_first_choice_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = native(monkeypatch, None)
+    for scheme in (Scheme(), Scheme(bits=8, symmetric=False), Scheme("nf4", group_size=64)):
+        assert select(layer(scheme, dtype=dtype)).kernel is kernel
+    assert select(LayerSpec(Scheme(), 64, 64, "xpu", dtype)).kernel.name == "reference"
+    assert select(layer(dtype=dtype), allow_relayout=False).kernel.name == "reference"
+    assert select(layer(dtype=torch.float64)).kernel.name == "reference"
+
+
+def test_native_kernels_that_are_missed_are_missed_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    native(monkeypatch, "there is no C++ compiler here")
+    with caplog.at_level(logging.WARNING, logger="hf_quant"):
+        assert select(layer(dtype=torch.float64)).kernel.name == "reference", "it would not have run this layer"
+        assert caplog.records == []
+        for _ in range(3):
+            selection = select(layer())
+    assert [record.getMessage() for record in caplog.records] == [
+        "hf-quant: slower kernels run instead of native, because there is no C++ compiler here."
+    ]
+    assert "not native: there is no C++ compiler here" in selection.reason
+    with pytest.raises(KernelError, match="there is no C\\+\\+ compiler here"):
+        select(layer(), "native")
+
+
+def test_int8_activations_are_taken_where_native_has_them_and_elsewhere_the_reason_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    native(monkeypatch, None)
+    asked = replace(layer(), activations=registry.INT8)
+    assert select(asked).label == "native (int8 activations)"
+    assert select(layer()).label == "native (float activations)"
+    table = select(replace(asked, scheme=Scheme("nf4", group_size=64)))
+    assert table.activations == registry.FLOAT
+    native(monkeypatch, "it is not here")
+    fallback = select(asked)
+    assert (fallback.activations, fallback.label) == (registry.FLOAT, fallback.kernel.name)
+    assert "activations=int8 not used" in fallback.reason
+    with pytest.raises(KernelError, match="computes with float activations only, and activations=int8"):
+        select(asked, "reference")
+
+
 def test_importing_the_registry_imports_no_kernel() -> None:
     code = (
         "import sys, torch\n"
@@ -133,7 +197,8 @@ def test_importing_the_registry_imports_no_kernel() -> None:
     )
     # without the package's own __init__, which imports transformers, and that looks for bitsandbytes by itself
     code = "import sys, types, pathlib\n" + _WITHOUT_PACKAGE_INIT + code
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "HF_QUANT_NATIVE": "off"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -33,10 +33,15 @@ def _same(one: QuantLinear, other: QuantLinear) -> bool:
     return one.scheme == other.scheme and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.fixture(params=["auto", "reference"])
+def kernel(request) -> str:
+    return request.param
+
+
 @pytest.fixture(params=SCHEMES, ids=lambda scheme: scheme.label)
-def layer(request) -> QuantLinear:
+def layer(request, kernel) -> QuantLinear:
     tensor = quantize_weight(torch.randn(ROWS, COLUMNS), request.param, "absmax")
-    return QuantLinear.from_quantized(tensor, nn.Parameter(torch.randn(ROWS)))
+    return QuantLinear.from_quantized(tensor, nn.Parameter(torch.randn(ROWS)), kernel)
 
 
 def _forward(layer: QuantLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -72,7 +77,7 @@ def test_a_state_dict_restores_the_weight(layer, assign) -> None:
     torch.save(layer.state_dict(), file)
     file.seek(0)
     other = QuantLinear.from_quantized(
-        quantize_weight(torch.randn(ROWS, COLUMNS), layer.scheme, "absmax"), torch.zeros(ROWS)
+        quantize_weight(torch.randn(ROWS, COLUMNS), layer.scheme, "absmax"), torch.zeros(ROWS), layer.kernel_request
     )
     _forward(other)
     other.load_state_dict(torch.load(file, weights_only=True), assign=assign)
@@ -143,7 +148,7 @@ def test_a_new_weight_replaces_the_prepared_one(layer) -> None:
     _forward(layer)
     tensor = quantize_weight(torch.randn(ROWS, COLUMNS), layer.scheme, "absmax")
     layer.assign(tensor)
-    fresh = QuantLinear.from_quantized(tensor, layer.bias)
+    fresh = QuantLinear.from_quantized(tensor, layer.bias, layer.kernel_request)
     assert torch.equal(_forward(layer), _forward(fresh))
 
 
