@@ -1,0 +1,44 @@
+// Internal interface of what lies between the products of a decoder layer; one table of functions per instruction set.
+//
+// All of it computes in float32 and rounds to the dtype of the model wherever transformers' modules do.
+#pragma once
+#include <cstdint>
+
+namespace hfq {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kHeadDimStep = 16;
+
+// One query head of one row, with the key and value head that it shares with others of its group.
+struct Attend {
+  int32_t dtype;
+  int64_t head_dim;
+  const void *q, *k, *v;            // of the new token, as projected
+  const void *q_norm, *k_norm;      // or nullptr
+  float q_eps, k_eps;
+  const void *cos, *sin;            // of the new token's position, or nullptr: no rotation
+  float scaling;
+  void *keys, *values;              // of this row and head, the first token
+  int64_t token_stride;
+  int64_t first, past;              // tokens [first, past) and the new one are attended to
+  const uint8_t* keep;              // nullptr, or one byte per token: 0 where it may not be attended to
+  bool append;                      // write the new key and value behind the past ones
+  void* out;                        // [head_dim]
+  float* scores;                    // scratch: at least past + 1 - first + 16
+};
+
+struct Glue {
+  // out = weight * round(x * rsqrt(mean(x^2) + eps)); scratch: 2 n floats.
+  void (*norm)(const void* x, const void* weight, float eps, void* out, int64_t n, int32_t dtype, float* scratch);
+  void (*attend)(const Attend& a);
+  // gate = round(silu(gate)) * up, in place
+  void (*gate)(void* gate, const void* up, int64_t n, int32_t dtype);
+  // x += y
+  void (*add)(void* x, const void* y, int64_t n, int32_t dtype);
+};
+
+const Glue* avx512_glue();  // nullptr where it was not compiled
+const Glue* avx2_glue();    // likewise
+const Glue* portable_glue();
+
+}  // namespace hfq

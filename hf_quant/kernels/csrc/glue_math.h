@@ -1,0 +1,307 @@
+// Norm, rotation, attention and gate, written for any vector width; included by one file per instruction set.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+#include "glue.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+// no function here that takes or returns vectors is called across files
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace hfq {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+inline float sum(Vec v) {
+  float lanes[kLanes];
+  memcpy(lanes, &v, sizeof v);
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// A vector of numbers of the cache. Element is float, uint16_t as bfloat16 (Brain) or uint16_t as float16 (Half).
+struct Single {
+  typedef float Number;
+  static Vec load(const Number* p) { return hfq::load(p); }
+};
+struct Brain {
+  typedef uint16_t Number;
+  static Vec load(const Number* p) {
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    return reinterpret_cast<Vec>(__builtin_convertvector(h, Words) << 16);
+  }
+};
+struct Half {
+  typedef uint16_t Number;
+  static Vec load(const Number* p) {
+    float wide[kLanes];
+    for (int i = 0; i < kLanes; ++i) wide[i] = from_f16(p[i]);
+    return hfq::load(wide);
+  }
+};
+
+inline void round_numbers(float* f, int64_t n, int32_t dtype) {
+  if (dtype == HFQ_BF16) {
+    for (int64_t i = 0; i < n; ++i) f[i] = from_bf16(to_bf16(f[i]));
+  } else if (dtype == HFQ_F16) {
+    for (int64_t i = 0; i < n; ++i) f[i] = from_f16(to_f16(f[i]));
+  }
+}
+
+// e^x to about 1e-7 of itself; 0 below e^-87, where float32 has no normal numbers left. x is at most 88.
+inline float exponential(float x) {
+  const float low = x < -87.0f ? -87.0f : x;
+  // adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits
+  const float shifted = low * 1.44269504f + 12582912.0f;
+  const float whole = shifted - 12582912.0f;
+  const float r = (low - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  // Taylor to the 7th power on |r| <= ln(2)/2: the first term left out is below 6e-9
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const float power = float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+inline float mean_square(const float* f, int64_t n) {
+  Vec a = {}, b = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Vec x = load(f + i), y = load(f + i + kLanes);
+    a += x * x;
+    b += y * y;
+  }
+  float total = sum(a + b);
+  for (; i < n; ++i) total += f[i] * f[i];
+  return total / static_cast<float>(n);
+}
+
+void normalise(float* f, const void* weight, float eps, int64_t n, int32_t dtype, float* scratch) {
+  const float factor = 1.0f / std::sqrt(mean_square(f, n) + eps);
+  for (int64_t i = 0; i < n; ++i) f[i] *= factor;
+  round_numbers(f, n, dtype);
+  load_numbers(weight, scratch, n, dtype);
+  for (int64_t i = 0; i < n; ++i) f[i] *= scratch[i];
+}
+
+void norm(const void* x, const void* weight, float eps, void* out, int64_t n, int32_t dtype, float* scratch) {
+  load_numbers(x, scratch, n, dtype);
+  normalise(scratch, weight, eps, n, dtype, scratch + n);
+  store_numbers(scratch, out, n, dtype);
+}
+
+constexpr int64_t kPiece = 256;  // numbers widened at a time
+
+void add(void* x, const void* y, int64_t n, int32_t dtype) {
+  float a[kPiece], b[kPiece];
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t m = n - i < kPiece ? n - i : kPiece;
+    load_numbers(advance(x, i, dtype), a, m, dtype);
+    load_numbers(advance(y, i, dtype), b, m, dtype);
+    for (int64_t k = 0; k < m; ++k) a[k] += b[k];
+    store_numbers(a, advance(x, i, dtype), m, dtype);
+  }
+}
+
+void gate(void* gate, const void* up, int64_t n, int32_t dtype) {
+  float a[kPiece], b[kPiece];
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t m = n - i < kPiece ? n - i : kPiece;
+    load_numbers(advance(gate, i, dtype), a, m, dtype);
+    load_numbers(advance(up, i, dtype), b, m, dtype);
+    // e^-x is held at e^88: the quotient is then below the smallest normal number
+    for (int64_t k = 0; k < m; ++k) a[k] = a[k] / (1.0f + exponential(a[k] < -88.0f ? 88.0f : -a[k]));
+    round_numbers(a, m, dtype);
+    for (int64_t k = 0; k < m; ++k) a[k] *= b[k];
+    store_numbers(a, advance(gate, i, dtype), m, dtype);
+  }
+}
+
+// x cos + rotate_half(x) sin, each product and the sum rounded; x, cos, sin: n float32 numbers.
+void rotate(float* x, const float* cos, const float* sin, int64_t n, int32_t dtype) {
+  float turned[kMaxHeadDim];
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; ++i) turned[i] = -x[i + half] * sin[i];
+  for (int64_t i = half; i < n; ++i) turned[i] = x[i - half] * sin[i];
+  for (int64_t i = 0; i < n; ++i) x[i] *= cos[i];
+  round_numbers(turned, n, dtype);
+  round_numbers(x, n, dtype);
+  for (int64_t i = 0; i < n; ++i) x[i] += turned[i];
+  round_numbers(x, n, dtype);
+}
+
+#if defined(__AVX512F__)
+// Lane i of the result is the sum of a[i].
+inline Vec sums(const Vec (&a)[16]) {
+  // folds pairs of vectors until one is left: 15 times two shuffles and an addition
+  const auto fold = [](Vec x, Vec y, __m512i even, __m512i odd) {
+    const __m512 p = reinterpret_cast<__m512>(x), q = reinterpret_cast<__m512>(y);
+    return reinterpret_cast<Vec>(_mm512_add_ps(_mm512_permutex2var_ps(p, even, q), _mm512_permutex2var_ps(p, odd, q)));
+  };
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  Vec b[8], c[4];
+  for (int i = 0; i < 8; ++i) b[i] = fold(a[2 * i], a[2 * i + 1], even, odd);
+  for (int i = 0; i < 4; ++i) c[i] = fold(b[2 * i], b[2 * i + 1], even, odd);
+  return fold(fold(c[0], c[1], even, odd), fold(c[2], c[3], even, odd), even, odd);
+}
+#endif
+
+template <class T>
+inline Vec dot(const float* q, const typename T::Number* k, int64_t n) {
+  Vec a = load(q) * T::load(k);
+  for (int64_t i = kLanes; i < n; i += kLanes) a += load(q + i) * T::load(k + i);
+  return a;
+}
+
+// q . k of `count` tokens; the scores past the end, up to a multiple of 16, are overwritten.
+template <class T>
+void score(const Attend& a, const float* q, const typename T::Number* keys, int64_t count) {
+  int64_t t = 0;
+#if defined(__AVX512F__)
+  for (; t + 16 <= count; t += 16) {
+    Vec parts[16];
+    for (int i = 0; i < 16; ++i) parts[i] = dot<T>(q, keys + (t + i) * a.token_stride, a.head_dim);
+    store(a.scores + t, sums(parts));
+  }
+#endif
+  for (; t < count; ++t) a.scores[t] = sum(dot<T>(q, keys + t * a.token_stride, a.head_dim));
+}
+
+// out += sum of p[t] values[t], in pieces of at most 4 vectors that stay in registers
+template <class T>
+void mix(const Attend& a, const typename T::Number* values, int64_t count, float* out) {
+  constexpr int kVecs = 4;
+  for (int64_t d = 0; d < a.head_dim; d += kVecs * kLanes) {
+    const int vecs = static_cast<int>((a.head_dim - d) / kLanes < kVecs ? (a.head_dim - d) / kLanes : kVecs);
+    Vec even[kVecs] = {}, odd[kVecs] = {};
+    if (vecs == kVecs) {
+      int64_t t = 0;
+      for (; t + 2 <= count; t += 2) {
+        const typename T::Number* v = values + t * a.token_stride + d;
+        for (int i = 0; i < kVecs; ++i) even[i] += T::load(v + i * kLanes) * a.scores[t];
+        for (int i = 0; i < kVecs; ++i) odd[i] += T::load(v + a.token_stride + i * kLanes) * a.scores[t + 1];
+      }
+      for (; t < count; ++t) {
+        const typename T::Number* v = values + t * a.token_stride + d;
+        for (int i = 0; i < kVecs; ++i) even[i] += T::load(v + i * kLanes) * a.scores[t];
+      }
+    } else {
+      for (int64_t t = 0; t < count; ++t) {
+        const typename T::Number* v = values + t * a.token_stride + d;
+        for (int i = 0; i < vecs; ++i) even[i] += T::load(v + i * kLanes) * a.scores[t];
+      }
+    }
+    for (int i = 0; i < vecs; ++i) store(out + d + i * kLanes, load(out + d + i * kLanes) + even[i] + odd[i]);
+  }
+}
+
+// Scores to weights that add up to the returned number, relative to the largest.
+inline float soften(float* scores, int64_t count, float scaling) {
+  float largest = -INFINITY;
+  for (int64_t t = 0; t < count; ++t) {
+    scores[t] *= scaling;
+    largest = scores[t] > largest ? scores[t] : largest;
+  }
+  for (int64_t t = 0; t < count; ++t) scores[t] = exponential(scores[t] - largest);
+  Vec total = {};
+  int64_t t = 0;
+  for (; t + kLanes <= count; t += kLanes) total += load(scores + t);
+  float rest = sum(total);
+  for (; t < count; ++t) rest += scores[t];
+  return rest;
+}
+
+template <class T>
+void attend_as(const Attend& a) {
+  typedef typename T::Number Number;
+  float q[kMaxHeadDim], k[kMaxHeadDim], v[kMaxHeadDim], out[kMaxHeadDim], cos[kMaxHeadDim], sin[kMaxHeadDim];
+  const int64_t n = a.head_dim;
+  load_numbers(a.q, q, n, a.dtype);
+  load_numbers(a.k, k, n, a.dtype);
+  load_numbers(a.v, v, n, a.dtype);
+  if (a.q_norm) {
+    normalise(q, a.q_norm, a.q_eps, n, a.dtype, out);
+    round_numbers(q, n, a.dtype);
+  }
+  if (a.k_norm) {
+    normalise(k, a.k_norm, a.k_eps, n, a.dtype, out);
+    round_numbers(k, n, a.dtype);
+  }
+  if (a.cos) {
+    load_numbers(a.cos, cos, n, a.dtype);
+    load_numbers(a.sin, sin, n, a.dtype);
+    rotate(q, cos, sin, n, a.dtype);
+    rotate(k, cos, sin, n, a.dtype);
+  }
+  Number* keys = static_cast<Number*>(a.keys);
+  Number* values = static_cast<Number*>(a.values);
+  if (a.append) {
+    store_numbers(k, keys + a.past * a.token_stride, n, a.dtype);
+    store_numbers(v, values + a.past * a.token_stride, n, a.dtype);
+  }
+  // the new token is taken from here: another thread may be the one that appends it
+  const int64_t before = a.past - a.first, count = before + 1;
+  score<T>(a, q, keys + a.first * a.token_stride, before);
+  a.scores[before] = sum(dot<Single>(q, k, n));
+  if (a.keep) {
+    for (int64_t t = 0; t < count; ++t) a.scores[t] = a.keep[a.first + t] ? a.scores[t] : -INFINITY;
+  }
+  const float total = soften(a.scores, count, a.scaling), newest = a.scores[before];
+  for (int64_t i = 0; i < n; ++i) out[i] = v[i] * newest;
+  mix<T>(a, values + a.first * a.token_stride, before, out);
+  const float share = 1.0f / total;
+  for (int64_t i = 0; i < n; ++i) out[i] *= share;
+  store_numbers(out, a.out, n, a.dtype);
+}
+
+void attend(const Attend& a) {
+  if (a.dtype == HFQ_F32) {
+    attend_as<Single>(a);
+  } else if (a.dtype == HFQ_BF16) {
+    attend_as<Brain>(a);
+  } else {
+    attend_as<Half>(a);
+  }
+}
+
+constexpr Glue kGlue = {norm, attend, gate, add};
+
+}  // namespace
+}  // namespace hfq
+
+#pragma GCC diagnostic pop
