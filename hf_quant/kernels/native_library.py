@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch  # first: the library shares the OpenMP runtime, and with it the threads, that torch has loaded
 
 from hf_quant.errors import ConfigError, KernelError
+from hf_quant.kernels import build
 
 VARIABLE = "HF_QUANT_NATIVE"
 OFF = "off"
@@ -149,6 +149,6 @@ def _entries(library: ctypes.CDLL) -> Functions:
 
 def _why_not_built() -> str:
     again = "run `python -m hf_quant.kernels.build`"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
+    if build.compiler() is None:
         return f"it is not compiled, and there is no C++ compiler here (install one, such as g++, and {again})"
     return f"it was not compiled when hf-quant was installed ({again})"
