@@ -23,12 +23,15 @@ from hf_quant.evaluation.divergence import Reference, compare, run_reference
 from hf_quant.evaluation.sources import quiet_loading
 from hf_quant.evaluation.stream import LogitStream
 from hf_quant.integrations.calibrated import Session
+from hf_quant.integrations.shell import ModelWeights
+from hf_quant.plan import make_plan
 from hf_quant.plots import draw_budget
 from hf_quant.quantize.allocate import Budget
 from hf_quant.quantize.fit_budget import Attempt, FittedBudget, Measurement, fit_budget
+from hf_quant.quantize.fold import find_folds
 from hf_quant.quantize.gains import calibrated_gains, with_gains
 from hf_quant.quantize.menu import FUSED, Menu, make_menu
-from hf_quant.quantize.sensitivity import estimate_sensitivity, settings
+from hf_quant.quantize.sensitivity import estimate_sensitivity, settings, take_samples
 from hf_quant.quantize.sensitivity_record import Sensitivity, model_digest
 from hf_quant.skeleton import model_class, read_settings
 
@@ -95,6 +98,7 @@ def quantize_to_budget(
     if not directory.is_dir():
         raise BudgetError(f"{source} is not a directory.", "download the model first; its gradients are needed.")
     asked = dict(config.calibration or Calibration().model_dump())
+    fold = asked.pop("fold") and config.method == CALIBRATED
     current = replace(session or Session())
     data = current.data or load_calibration(
         asked.pop("source"), directory=directory, **asked, progress=current.on_sampling
@@ -104,6 +108,9 @@ def quantize_to_budget(
     train, held_out = data.split(max(1, data.samples // HELD_OUT)) if budget.is_measured else (data, data)
     with ExitStack() as stack:
         model = _float_model(directory, options.get("trust_remote_code", False))
+        if fold:  # layers are weighed as they will be quantized
+            layers, sample = make_plan(model, config).quantized, take_samples(data.batches, 1)[0]
+            find_folds(model, layers, ModelWeights(model), sample, data.source).into(model, layers)
         menu = make_menu(model, config, together=FUSED if fuse else ())
         sensitivity = _sensitivity(model, data, menu, sensitivities, on_sensitivity)
         if config.method == CALIBRATED:

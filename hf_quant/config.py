@@ -75,6 +75,7 @@ class Tuning(BaseModel):
         steps: optimizer steps; each sees ``batch`` sequences. 0 is no tuning.
         learning_rate: of the scales, as a share of each scale; norms and biases take a tenth of it.
         batch: sequences per step.
+        block_steps: optimizer steps before that for every block alone, towards the float model's output of it.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -82,6 +83,7 @@ class Tuning(BaseModel):
     steps: int = Field(default=64, ge=0)
     learning_rate: float = Field(default=3e-4, gt=0, le=0.1)
     batch: int = Field(default=4, ge=1)
+    block_steps: int = Field(default=0, ge=0)
 
 
 class _Request(_LayerRequest):
@@ -225,7 +227,9 @@ class HfQuantConfig(QuantizationConfigMixin):
             samples = {"samples": meaning["samples"]} if "samples" in meaning else {}
             self.calibration = Calibration(**{**samples, **given}).model_dump()
             tuning = request.tuning or ("tuning" in meaning and Tuning())
-            self.tuning = tuning.model_dump() if tuning and (tuning.steps or "tuning" in meaning) else None
+            self.tuning = (
+                tuning.model_dump() if tuning and (tuning.steps or tuning.block_steps or "tuning" in meaning) else None
+            )
             return
         for section in ("calibration", "tuning"):
             if getattr(request, section) is not None:

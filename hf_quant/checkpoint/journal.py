@@ -48,6 +48,10 @@ class Journal:
         """Whether a unit is in the journal."""
         return unit in self._units
 
+    def finished_any(self, prefix: str) -> bool:
+        """Whether a unit whose name begins so is in the journal."""
+        return any(unit.startswith(prefix) for unit in self._units)
+
     def results(self) -> list[dict[str, Any]]:
         """What is recorded about every layer, as JSON values, in the order in which they were done."""
         return [row for rows in self._units.values() for row in rows]

@@ -15,6 +15,7 @@ from hf_quant.integrations.calibrated import Session
 from hf_quant.quantize.contracts import Progress
 from hf_quant.quantize.distill import TuningStep
 from hf_quant.quantize.fit_budget import Attempt
+from hf_quant.quantize.reconstruct import Reconstruction
 
 
 @contextmanager
@@ -40,7 +41,13 @@ class Watcher:
     def __init__(self, bars: Bars, console: Console, verbose: bool) -> None:
         self.bars, self.console, self.verbose = bars, console, verbose
         self._tasks: dict[str, TaskID] = {}
-        self.session = Session(on_sampling=self.sampling, on_data=self.data, on_layer=self.layer, on_tuning=self.tuning)
+        self.session = Session(
+            on_sampling=self.sampling,
+            on_data=self.data,
+            on_layer=self.layer,
+            on_block=self.block,
+            on_tuning=self.tuning,
+        )
 
     def sampling(self, what: str, done: int, total: int) -> None:
         """Calibration data is being made."""
@@ -65,6 +72,13 @@ class Watcher:
                 f"{step.remaining:.0f} s left{note}",
                 soft_wrap=True,
             )
+
+    def block(self, step: Reconstruction) -> None:
+        """A block more was tuned alone."""
+        note = f"{step.block}: held out {step.after:.4g} (was {step.before:.4g})"
+        self._show("tune blocks", step.done, step.total, note)
+        if self.verbose:
+            self.console.print(f"tune blocks {step.done}/{step.total}: {note}", soft_wrap=True)
 
     def tuning(self, step: TuningStep) -> None:
         """An optimizer step more."""

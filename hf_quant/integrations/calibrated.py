@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -23,14 +24,23 @@ from hf_quant.integrations.shell import ModelWeights, open_shell
 from hf_quant.plan import Plan
 from hf_quant.quantize.contracts import Progress, Weights
 from hf_quant.quantize.distill import TuningStep, distill
+from hf_quant.quantize.fold import FoldedWeights, Folds, find_folds
+from hf_quant.quantize.reconstruct import Reconstruction, reconstruct
+from hf_quant.quantize.sensitivity import take_samples
 from hf_quant.quantize.sequential import calibrate
+from hf_quant.tensor import QuantizedTensor
 from hf_quant.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger("hf_quant")
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
-TUNED = "tuned"  # the unit of the journal that says that tuning is done, whether or not it changed anything
+# units of the journal beside those of the layers
+FOLDED = "folded"  # norms and biases that took back factors
+RECONSTRUCTED, LEFT = "reconstructed ", "left "  # + a block: it was tuned alone, or that did not help
+TUNED = "tuned"  # what tuning changed
+REFUSED = "tuning refused"  # tuning ran and did not help
 
 
 @dataclass
@@ -42,6 +52,7 @@ class Session:
         journal: where the run records what is done, so that it can be resumed; default: a temporary directory.
         on_data: called with the data before the walk.
         on_layer: called after every layer of the walk.
+        on_block: called after every block that was tuned alone.
         on_tuning: called after every tuning step.
         on_sampling: told what is being done, how much is done and of how much, while calibration data is made.
         note: JSON values that the checkpoint's provenance holds besides its own.
@@ -51,6 +62,7 @@ class Session:
     journal: Path | None = None
     on_data: Callable[[CalibrationData], None] | None = None
     on_layer: Callable[[Progress], None] | None = None
+    on_block: Callable[[Reconstruction], None] | None = None
     on_tuning: Callable[[TuningStep], None] | None = None
     on_sampling: Callable[[str, int, int], None] | None = None
     note: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +75,11 @@ class Calibrated:
     journal: Journal
     data: CalibrationData
     _stack: ExitStack = field(repr=False)
+
+    @property
+    def tuned(self) -> bool:
+        """Tuning ran and its result was kept."""
+        return self.journal.finished(TUNED) or self.journal.finished_any(RECONSTRUCTED)
 
     def close(self) -> None:
         """Remove the journal where it was temporary."""
@@ -185,15 +202,41 @@ def _run(
     journal: Journal,
     current: Session,
 ) -> None:
-    if not all(layer.name in journal for layer in plan.quantized):
-        calibrate(model, plan, data, weights, journal, progress=current.on_layer)
-    if config.tuning and config.tuning["steps"] and not journal.finished(TUNED):
-        tensors, floats = distill(model, plan, data, weights, journal.tensor, config.tuning, progress=current.on_tuning)
-        journal.replace(TUNED, tensors, floats)
+    tuning = config.tuning or {"steps": 0, "block_steps": 0}
+    if journal.finished(TUNED) or journal.finished(REFUSED):
+        return
+    folds = _folds(model, plan, config, data, weights)
+    weights = FoldedWeights(weights, folds)
+    with folds.in_place(model):
+        if not all(layer.name in journal for layer in plan.quantized):
+            calibrate(model, plan, data, weights, journal, progress=current.on_layer)
+        if not journal.finished(FOLDED):
+            journal.replace(FOLDED, {}, folds.floats)
+        if tuning["block_steps"]:
+
+            def keep(block: str, changed: Mapping[str, QuantizedTensor]) -> None:
+                journal.add(f"{RECONSTRUCTED if changed else LEFT}{block}", changed, [])
+
+            def finished(block: str) -> bool:
+                return journal.finished(f"{RECONSTRUCTED}{block}") or journal.finished(f"{LEFT}{block}")
+
+            steps = tuning["block_steps"]
+            reconstruct(model, plan, data, weights, journal.tensor, keep, finished, steps, progress=current.on_block)
+        if tuning["steps"]:
+            tensors, floats = distill(model, plan, data, weights, journal.tensor, tuning, progress=current.on_tuning)
+            journal.replace(TUNED if tensors or floats else REFUSED, tensors, {**folds.floats, **floats})
+
+
+def _folds(model: Any, plan: Plan, config: HfQuantConfig, data: CalibrationData, weights: Weights) -> Folds:
+    if not (config.calibration and config.calibration["fold"]):
+        return Folds()
+    folds = find_folds(model, plan.quantized, weights, take_samples(data.batches, 1)[0], data.source)
+    logger.info("%d norms and layers take back the factors of %d layers", len(folds), len(folds.columns))
+    return folds
 
 
 def _load(config: HfQuantConfig, current: Session, **where: Any) -> CalibrationData:
-    asked = dict(config.calibration or {})
+    asked = {key: value for key, value in (config.calibration or {}).items() if key != "fold"}
     return load_calibration(asked.pop("source"), **{"directory": None, **where}, **asked, progress=current.on_sampling)
 
 

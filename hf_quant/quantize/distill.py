@@ -59,7 +59,7 @@ class _Scaled(torch.autograd.Function):
     """y = x @ (codes * scale * factor)^T, with a gradient for the factor; the float weight is made when needed."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, factor: torch.Tensor, layer: _Layer) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, factor: torch.Tensor, layer: ScaledLayer) -> torch.Tensor:
         ctx.layer = layer
         x = x.to(layer.compute)
         ctx.save_for_backward(x, factor)
@@ -73,7 +73,7 @@ class _Scaled(torch.autograd.Function):
         return (grad @ ctx.layer.weight(factor).to(x.dtype)).to(torch.float32), ctx.layer.slope(slope), None
 
 
-class _Layer:
+class ScaledLayer:
     """A quantized weight whose scales can be multiplied by a trained factor ``[out, groups]``."""
 
     def __init__(self, tensor: QuantizedTensor, device: torch.device) -> None:
@@ -156,7 +156,7 @@ class _Tuner:
         self.steps, self.rate = int(tuning["steps"]), float(tuning["learning_rate"])
         self.batch = int(tuning["batch"])
         # gradients are noisy anyway; what is judged and kept is computed in float32
-        self.narrow = torch.bfloat16 if _multiplies_bfloat16(self.device) else torch.float32
+        self.narrow = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
         train, held_out = data.split(max(1, data.samples // HELD_OUT))
         self.train, self.held_out = _singles(train), _singles(held_out)
         self.started = time.perf_counter()
@@ -169,7 +169,7 @@ class _Tuner:
             answers = [objective.answer(self._on_device(sample)) for sample in everything]
         teacher = list(zip(everything, answers, strict=True))
         train, held_out = teacher[: len(self.train)], teacher[len(self.train) :]
-        layers = {layer.name: _Layer(self.tensor(layer.name), self.device) for layer in self.plan.quantized}
+        layers = {layer.name: ScaledLayer(self.tensor(layer.name), self.device) for layer in self.plan.quantized}
         scaled = {name: layer for name, layer in layers.items() if layer.tensor.nested is None}
         vectors = {
             name: parameter
@@ -201,7 +201,7 @@ class _Tuner:
         objective: Objective,
         train: list[tuple[dict[str, torch.Tensor], torch.Tensor]],
         held_out: list[tuple[dict[str, torch.Tensor], torch.Tensor]],
-        layers: Mapping[str, _Layer],
+        layers: Mapping[str, ScaledLayer],
         vectors: Mapping[str, nn.Parameter],
     ) -> dict[str, torch.Tensor] | None:
         """Leaves the best factors in the layers; returns the best vectors, or None when the start was best."""
@@ -255,7 +255,7 @@ class _Tuner:
         self,
         objective: Objective,
         held_out: list[tuple[dict[str, torch.Tensor], torch.Tensor]],
-        layers: Mapping[str, _Layer],
+        layers: Mapping[str, ScaledLayer],
     ) -> float:
         """Mean loss on the held-out samples, with the scales rounded as they would be stored."""
         exact = {name: layer.factor.detach().clone() for name, layer in layers.items()}
@@ -271,7 +271,7 @@ class _Tuner:
         return sum(losses) / len(losses)
 
     @staticmethod
-    def _compute_in(layers: Mapping[str, _Layer], dtype: torch.dtype) -> None:
+    def _compute_in(layers: Mapping[str, ScaledLayer], dtype: torch.dtype) -> None:
         for layer in layers.values():
             layer.compute = dtype
 
@@ -303,7 +303,7 @@ class _Tuner:
             yield
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones."""
     if device.type != "cpu":
         return True

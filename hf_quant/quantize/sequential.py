@@ -28,7 +28,7 @@ from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.contracts import LayerResult, Progress, Record, Rungs, Weights
 from hf_quant.quantize.gptq import DAMPINGS, Factor, best_damping, factorize, round_weight
 from hf_quant.quantize.refit import refit_scales
-from hf_quant.quantize.streams import Residual, Stream, Trace, watched
+from hf_quant.quantize.streams import Residual, Stream, Trace, explained, watched
 from hf_quant.quantize.target import Target, correct
 from hf_quant.quantize.weight import quantize_weight
 from hf_quant.tensor import QuantizedTensor
@@ -332,12 +332,8 @@ class _Walk:
     def _advance(self, stream: Stream, output: torch.Tensor | None) -> None:
         self.active = stream
         try:
-            stream.advance(output)
-        except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
-            raise CalibrationError(
-                f"{type(self.model).__name__} does not run on the calibration data ({self.data.source}): {error}",
-                "give data that fits this model (text, images: or audio:), or a smaller length.",
-            ) from error
+            with explained(self.model, self.data.source):
+                stream.advance(output)
         finally:
             self.active = None
 

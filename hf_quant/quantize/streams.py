@@ -17,6 +17,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from hf_quant.errors import CalibrationError
 from hf_quant.nn.forwards import replaced_forwards
 
 _ADDS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
@@ -40,12 +41,22 @@ class Residual:
     path: int
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """A block that waits for its output: what it was called with, and its own forward."""
+
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class Stream:
     """One batch on its way through the model.
 
     Attributes:
-        layer: name of the layer that waits for its output; None before the start and after the end.
+        layer: name of the layer (or block) that waits for its output; None before the start and after the end.
         inputs: that layer's input.
+        call: of a block: how it was called.
     """
 
     def __init__(self, run: Callable[[], None], trace: Trace | None = None) -> None:
@@ -53,8 +64,9 @@ class Stream:
         self._trace = trace
         self.layer: str | None = None
         self.inputs: torch.Tensor | None = None
+        self.call: BlockCall | None = None
 
-    def advance(self, output: torch.Tensor | None = None) -> None:
+    def advance(self, output: Any = None) -> None:
         """Give the waiting layer its output (None at the start) and run until the next watched layer or the end."""
         if self._trace is not None:
             self._trace.answered(self.layer, output)
@@ -62,13 +74,15 @@ class Stream:
                 stop = self._greenlet.switch(output)
         else:
             stop = self._greenlet.switch(output)
-        self.layer, self.inputs = (None, None) if self._greenlet.dead else stop
+        name, payload = (None, None) if self._greenlet.dead else stop
+        self.layer = name
+        self.inputs, self.call = (None, payload) if isinstance(payload, BlockCall) else (payload, None)
 
     def close(self) -> None:
         """Give up: the model's code is left by an exception."""
         if self._greenlet and not self._greenlet.dead:
             self._greenlet.throw(GreenletExit)
-        self.layer = self.inputs = None
+        self.layer = self.inputs = self.call = None
 
     @property
     def residual(self) -> torch.Tensor | None:
@@ -79,6 +93,18 @@ class Stream:
         """The pass enters a block of the model."""
         if self._trace is not None:
             self._trace.enter(block, inputs)
+
+
+@contextmanager
+def explained(model: nn.Module, source: str) -> Iterator[None]:
+    """What a model's code raises inside becomes a CalibrationError about the data from ``source``."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on the calibration data ({source}): {error}",
+            "give data that fits this model (text, images: or audio:), or a smaller length.",
+        ) from error
 
 
 @contextmanager
@@ -95,6 +121,23 @@ def watched(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
         return forward
 
     with replaced_forwards((model.get_submodule(name), pausing(name)) for name in layers):
+        yield
+
+
+@contextmanager
+def pausing_blocks(model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
+    """Inside, the named blocks hand how they were called to whoever advances the stream that runs them."""
+
+    def pausing(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            caller = getcurrent().parent
+            assert caller is not None  # only streams run a watched model
+            return caller.switch((name, BlockCall(own, args, kwargs)))
+
+        return forward
+
+    modules = [(name, model.get_submodule(name)) for name in blocks]
+    with replaced_forwards([(module, pausing(name, module.forward)) for name, module in modules]):
         yield
 
 

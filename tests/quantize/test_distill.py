@@ -17,7 +17,7 @@ from hf_quant.grids import Scheme, decode
 from hf_quant.integrations.shell import ModelWeights
 from hf_quant.nn.swap import put_quantized, put_vectors
 from hf_quant.plan import make_plan
-from hf_quant.quantize.distill import _Layer, _singles, distill
+from hf_quant.quantize.distill import ScaledLayer, _singles, distill
 from hf_quant.quantize.objective import _Distance, _Divergence, find_objective
 from hf_quant.quantize.weight import quantize_weight
 
@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight(scheme: Scheme) -> None:
     tensor = quantize_weight(torch.randn(24, 32) * 0.1, scheme, "absmax", scale_dtype=torch.float32)
     x = torch.randn(2, 5, 32, requires_grad=True)
     pull = torch.randn(2, 5, 24)
-    layer = _Layer(tensor, torch.device("cpu"))
+    layer = ScaledLayer(tensor, torch.device("cpu"))
     layer.factor.data += 0.1 * torch.randn_like(layer.factor)
 
     scale = tensor.scales().clone() * layer.factor.detach()
@@ -136,7 +136,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight(scheme: Scheme) -> None:
 def test_a_factor_of_one_stores_the_very_same_tensor() -> None:
     for scheme in (Scheme("int", 4, False, 32), Scheme("nf4", 4, True, 64)):
         tensor = quantize_weight(torch.randn(16, 64), scheme)
-        stored = _Layer(tensor, torch.device("cpu")).stored()
+        stored = ScaledLayer(tensor, torch.device("cpu")).stored()
         assert all(torch.equal(a, b) for a, b in zip(stored.tensors(), tensor.tensors(), strict=True))
 
 
