@@ -111,40 +111,53 @@ def interpreter(peer: Peer, envs: Path) -> tuple[Path, dict[str, str]]:
     """The peer's Python and its extra environment variables; makes the environment on first use."""
     if peer.environment is None:
         return Path(sys.executable), {}
-    home = envs / peer.environment
+    python = make_environment(peer.environment, ENVIRONMENTS[peer.environment], envs)
+    if peer.environment != "llamacpp":
+        return python, {}
+    return python, llama_cpp(envs / "llamacpp", python, ("llama-imatrix", "llama-quantize"))
+
+
+def make_environment(name: str, packages: tuple[str, ...], envs: Path) -> Path:
+    """The Python of the virtual environment ``envs / name`` with torch and the packages; made on first use."""
+    home = envs / name
     python = home / "bin" / "python"
-    wanted = [TORCH, *ENVIRONMENTS[peer.environment]]
+    wanted = [TORCH, *packages]
     ready = home / "hf-quant-bench.json"
     if not (ready.is_file() and json.loads(ready.read_text(encoding="utf-8")) == wanted):
-        checked([sys.executable, "-m", "venv", str(home)], f"venv for {peer.environment}")
+        checked([sys.executable, "-m", "venv", str(home)], f"venv for {name}")
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         checked([*install, TORCH], f"pip install {TORCH}")
         checked([*install, *wanted], f"pip install {' '.join(wanted)}")
-        if peer.environment == "gptqmodel":
+        if name == "gptqmodel":
             # It compiles its packing code on first use (minutes), which is no part of quantizing.
             compile_it = "from gptqmodel.utils import cpp; cpp.load_pack_block_extension()"
             checked([str(python), "-c", compile_it], "compiling GPTQModel's extension")
         ready.write_text(json.dumps(wanted), encoding="utf-8")
-    if peer.environment != "llamacpp":
-        return python, {}
-    source, programs = build_llama_cpp(home, python)
-    return python, {
+    return python
+
+
+def llama_cpp(home: Path, python: Path, tools: tuple[str, ...]) -> dict[str, str]:
+    """Where a runner finds llama.cpp, as environment variables; its programs are built on first use (20 minutes)."""
+    source = llama_cpp_source(home / "sdist", python)
+    programs = home / "programs"
+    missing = [tool for tool in tools if not (programs / tool).is_file()]
+    if missing:
+        build_llama_cpp(source, home / "build", missing)
+        programs.mkdir(exist_ok=True)
+        for tool in missing:
+            shutil.copy2(home / "build" / "bin" / tool, programs / tool)
+    return {
         "PEER_SOURCE": str(source),
         "PEER_PROGRAMS": str(programs),
         "PEER_VERSION": f"{LLAMA_CPP.partition('==')[2]} (sources of llama-cpp-python)",
     }
 
 
-def build_llama_cpp(home: Path, python: Path) -> tuple[Path, Path]:
-    """llama.cpp's sources and the folder with llama-imatrix and llama-quantize, built on first use (20 minutes)."""
-    programs = home / "programs"
-    sdist = home / "sdist"
+def llama_cpp_source(sdist: Path, python: Path) -> Path:
+    """llama.cpp's sources as the sdist of llama-cpp-python has them, llama-imatrix changed to read token ids."""
     source = next(iter(sdist.glob("*/vendor/llama.cpp")), None)
-    if source is not None and (programs / "llama-quantize").is_file():
-        return source, programs
-    for tool in ("cmake", "c++"):
-        if shutil.which(tool) is None:
-            raise PeerError(f"llama.cpp is built from source and {tool} is not installed")
+    if source is not None and _OUR_TOKENS in (source / _IMATRIX).read_text(encoding="utf-8"):
+        return source
     shutil.rmtree(sdist, ignore_errors=True)
     download = ["pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(sdist)]
     checked([str(python), "-m", *download, LLAMA_CPP], f"pip download {LLAMA_CPP}")
@@ -154,18 +167,20 @@ def build_llama_cpp(home: Path, python: Path) -> tuple[Path, Path]:
     if source is None:
         raise PeerError(f"the sdist of {LLAMA_CPP} has no vendor/llama.cpp")
     read_ids_instead_of_text(source / _IMATRIX)
-    build = home / "build"
+    return source
+
+
+def build_llama_cpp(source: Path, build: Path, tools: list[str]) -> None:
+    """Build programs of llama.cpp with its defaults for this machine; ``build / "bin"`` has them afterwards."""
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            raise PeerError(f"llama.cpp is built from source and {tool} is not installed")
     options = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_SERVER=OFF", "LLAMA_BUILD_TESTS=OFF"]
     options += ["LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_OPENSSL=OFF"]
     configure = ["cmake", "-S", str(source), "-B", str(build), *(f"-D{option}" for option in options)]
     checked(configure, "configuring llama.cpp")
     jobs = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
-    tools = ["llama-imatrix", "llama-quantize"]
     checked(["cmake", "--build", str(build), "-j", jobs, "--target", *tools], "building llama.cpp")
-    programs.mkdir(exist_ok=True)
-    for tool in tools:
-        shutil.copy2(build / "bin" / tool, programs / tool)
-    return source, programs
 
 
 def read_ids_instead_of_text(file: Path) -> None:
