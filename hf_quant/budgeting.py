@@ -28,7 +28,7 @@ from hf_quant.plan import make_plan
 from hf_quant.plots import draw_budget
 from hf_quant.quantize.allocate import Budget
 from hf_quant.quantize.fit_budget import Attempt, FittedBudget, Measurement, fit_budget
-from hf_quant.quantize.fold import find_folds
+from hf_quant.quantize.fold import SAMPLES, find_folds
 from hf_quant.quantize.gains import calibrated_gains, with_gains
 from hf_quant.quantize.menu import FUSED, Menu, make_menu
 from hf_quant.quantize.sensitivity import estimate_sensitivity, settings, take_samples
@@ -109,8 +109,8 @@ def quantize_to_budget(
     with ExitStack() as stack:
         model = _float_model(directory, options.get("trust_remote_code", False))
         if fold:  # layers are weighed as they will be quantized
-            layers, sample = make_plan(model, config).quantized, take_samples(data.batches, 1)[0]
-            find_folds(model, layers, ModelWeights(model), sample, data.source).into(model, layers)
+            layers, samples = make_plan(model, config).quantized, take_samples(data.batches, SAMPLES)
+            find_folds(model, layers, ModelWeights(model), samples, data.source).into(model, layers)
         menu = make_menu(model, config, together=FUSED if fuse else ())
         sensitivity = _sensitivity(model, data, menu, sensitivities, on_sensitivity)
         if config.method == CALIBRATED:

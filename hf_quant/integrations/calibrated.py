@@ -24,7 +24,7 @@ from hf_quant.integrations.shell import ModelWeights, open_shell
 from hf_quant.plan import Plan
 from hf_quant.quantize.contracts import Progress, Weights
 from hf_quant.quantize.distill import TuningStep, distill
-from hf_quant.quantize.fold import FoldedWeights, Folds, find_folds
+from hf_quant.quantize.fold import SAMPLES, FoldedWeights, Folds, find_folds
 from hf_quant.quantize.reconstruct import Reconstruction, reconstruct
 from hf_quant.quantize.sensitivity import take_samples
 from hf_quant.quantize.sequential import calibrate
@@ -230,7 +230,8 @@ def _run(
 def _folds(model: Any, plan: Plan, config: HfQuantConfig, data: CalibrationData, weights: Weights) -> Folds:
     if not (config.calibration and config.calibration["fold"]):
         return Folds()
-    folds = find_folds(model, plan.quantized, weights, take_samples(data.batches, 1)[0], data.source)
+    samples = take_samples(data.batches, SAMPLES)
+    folds = find_folds(model, plan.quantized, weights, samples, data.source, getattr(torch, plan.scale_dtype))
     logger.info("%d norms and layers take back the factors of %d layers", len(folds), len(folds.columns))
     return folds
 

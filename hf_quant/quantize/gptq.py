@@ -150,13 +150,27 @@ def best_damping(
         return DAMPING
     step = max(1, len(weight) // JUDGED_ROWS)
     rows = weight[::step].contiguous()
-    plain = replace(scheme, double_quant=False)
-    losses = []
-    for damping in DAMPINGS:
-        factor = factorize(seen, scheme.group(weight.shape[1]), name, damping)
-        error = round_weight(rows, plain, factor, scale_dtype=scale_dtype).tensor.dequantize() - rows
-        losses.append(float(((error @ held_out) * error).sum()))
+    losses = [held_out_loss(rows, scheme, seen, held_out, name, damping, scale_dtype) for damping in DAMPINGS]
     return DAMPINGS[losses.index(min(losses))]
+
+
+def held_out_loss(
+    rows: torch.Tensor,
+    scheme: Scheme,
+    seen: torch.Tensor,
+    held_out: torch.Tensor,
+    name: str,
+    damping: float,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """tr(E H E^T) with H the Hessian of held-out tokens, E the error of rounding under the one of other tokens.
+
+    Arguments as for :func:`best_damping`. Double-quantized scales are judged as plain ones.
+    """
+    plain = replace(scheme, double_quant=False)
+    factor = factorize(seen, scheme.group(rows.shape[1]), name, damping)
+    error = round_weight(rows, plain, factor, scale_dtype=scale_dtype).tensor.dequantize() - rows
+    return float(((error @ held_out) * error).sum())
 
 
 class _Pass:
