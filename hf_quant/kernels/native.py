@@ -116,11 +116,13 @@ class NativeKernel(Kernel):
         self, x: torch.Tensor, prepared: Prepared, spec: LayerSpec, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert isinstance(prepared, NativePrepared)
+        trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
             _check(x, spec)
-            y: torch.Tensor = torch.ops.hf_quant.linear(x, *_operands(prepared, spec), bias, prepared.mode)
+            operator = torch.ops.hf_quant.linear if trains else torch.ops.hf_quant.linear_inference
+            y: torch.Tensor = operator(x, *_operands(prepared, spec), bias, prepared.mode)
             return y
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if trains:
             _check(x, spec)
             return linear_by_rows(self, _product, x, prepared, spec, bias)
         return _product(x, prepared, spec, bias)
@@ -148,8 +150,10 @@ def linears(
         raise KernelError("weights that share an input differ in their activations.", "ask for the same in all layers.")
     operands = [_operands(each, spec) for each, spec in zip(prepared, specs, strict=True)]
     codes, scales, zeros, grids, bits, outs, _, groups = (list(column) for column in zip(*operands, strict=True))
+    none = x.new_empty(0)
+    zeros, given = ([none if each is None else each for each in column] for column in (zeros, biases))
     found: list[torch.Tensor] = torch.ops.hf_quant.linears(
-        x, codes, scales, zeros, list(biases), grids, bits, outs, groups, modes.pop()
+        x, codes, scales, zeros, given, grids, bits, outs, groups, modes.pop()
     )
     return found
 

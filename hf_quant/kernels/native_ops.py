@@ -1,7 +1,8 @@
 """The native CPU kernels as ``torch.ops.hf_quant`` operators: with fakes and gradients, for whatever traces a model.
 
 A weight is passed as ``codes`` (tiled bytes), ``scale`` and ``zero`` (tiled, see :mod:`hf_quant.kernels.tiles`), its
-grid (``int``, ``nf4``, ``fp4``), bits, output features, input features and group.
+grid (``int``, ``nf4``, ``fp4``), bits, output features, input features and group. In lists of zero
+points and biases an empty tensor stands for none: gradients reach only lists that hold nothing but tensors.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def _linears(
     x: torch.Tensor,
     codes: Sequence[torch.Tensor],
     scales: Sequence[torch.Tensor],
-    zeros: Sequence[torch.Tensor | None],
-    biases: Sequence[torch.Tensor | None],
+    zeros: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
     grids: Sequence[GridName],
     bits: Sequence[int],
     outs: Sequence[int],
@@ -126,12 +127,12 @@ def _linears(
     if not rows.shape[0]:
         return found
     weights = [
-        describe(code, scale, zero, grid, width, out, columns, group)
+        describe(code, scale, zero if zero.numel() else None, grid, width, out, columns, group)
         for code, scale, zero, grid, width, out, group in zip(
             codes, scales, zeros, grids, bits, outs, groups, strict=True
         )
     ]
-    kept = [None if bias is None else bias.to(x.dtype).contiguous() for bias in biases]
+    kept = [bias.to(x.dtype).contiguous() for bias in biases]
     count = len(outs)
     check(
         functions().linear(
@@ -143,7 +144,7 @@ def _linears(
             DTYPES[x.dtype],
             (c_void_p * count)(*(y.data_ptr() for y in found)),
             (c_int64 * count)(*outs),
-            (c_void_p * count)(*(None if bias is None else bias.data_ptr() for bias in kept)),
+            (c_void_p * count)(*(bias.data_ptr() if bias.numel() else None for bias in kept)),
             mode,
             torch.get_num_threads(),
         )
@@ -164,7 +165,31 @@ def _linear(
     bias: torch.Tensor | None,
     mode: int,
 ) -> torch.Tensor:
-    return _linears(x, [codes], [scale], [zero], [bias], [grid], [bits], [out], [group], mode)[0]
+    # the short way: a compiled model comes here for every layer of every token
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else rows_of(x)
+    y = x.new_empty((*x.shape[:-1], out))
+    if not y.numel():
+        return y
+    described = describe(codes, scale, zero, grid, bits, out, in_features, group)
+    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
+        bias = bias.to(x.dtype).contiguous()
+    target, extra = c_void_p(y.data_ptr()), None if bias is None else c_void_p(bias.data_ptr())
+    status = described.library.linear(
+        described.pointers,
+        1,
+        rows.data_ptr(),
+        rows.shape[0],
+        rows.stride(0),
+        DTYPES[x.dtype],
+        ctypes.byref(target),
+        described.out_stride,
+        None if extra is None else ctypes.byref(extra),
+        mode,
+        torch.get_num_threads(),
+    )
+    if status:
+        check(status)
+    return y
 
 
 def _dequantize(
@@ -231,19 +256,16 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     _, codes, scales, zeros, biases, grids, bits, outs, groups, _ = inputs
-    present = [zero for zero in zeros if zero is not None]
-    ctx.save_for_backward(*codes, *scales, *present)
-    ctx.has_zero = [zero is not None for zero in zeros]
+    ctx.save_for_backward(*codes, *scales, *zeros)
     ctx.sizes = list(zip(grids, bits, outs, groups, strict=True))
     ctx.columns = inputs[0].shape[-1]
-    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+    ctx.bias_dtypes = [bias.dtype if bias.numel() else None for bias in biases]
 
 
 def _backward_all(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, ...]:
     count = len(ctx.sizes)
     saved = ctx.saved_tensors
-    codes, scales, rest = saved[:count], saved[count : 2 * count], iter(saved[2 * count :])
-    zeros = [next(rest) if there else None for there in ctx.has_zero]
+    codes, scales, zeros = saved[:count], saved[count : 2 * count], saved[2 * count :]
     to_x: torch.Tensor | None = None
     to_biases: list[torch.Tensor | None] = []
     for i, gradient in enumerate(gradients):
@@ -253,8 +275,9 @@ def _backward_all(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, 
             continue
         grid, bits, out, group = ctx.sizes[i]
         if ctx.needs_input_grad[0]:
+            zero = zeros[i] if zeros[i].numel() else None
             weight = torch.ops.hf_quant.dequantize(
-                codes[i], scales[i], zeros[i], grid, bits, out, ctx.columns, group, gradient.dtype
+                codes[i], scales[i], zero, grid, bits, out, ctx.columns, group, gradient.dtype
             )
             part = gradient @ weight
             to_x = part if to_x is None else to_x + part
@@ -268,14 +291,17 @@ def _backward_all(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, str grid, int bits, int out, int in_features, int group"
 _LIBRARY = torch.library.Library("hf_quant", "FRAGMENT")
 _LIBRARY.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, int mode) -> Tensor")
+# the same without gradients, whose registration costs a third of a call
+_LIBRARY.define(f"linear_inference(Tensor x, {_WEIGHT}, Tensor? bias, int mode) -> Tensor")
 _LIBRARY.define(
-    "linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] zeros, Tensor?[] biases, str[] grids, int[] bits, "
+    "linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor[] biases, str[] grids, int[] bits, "
     "int[] outs, int[] groups, int mode) -> Tensor[]"
 )
 _LIBRARY.define(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"gather_rows(Tensor ids, {_WEIGHT}, ScalarType dtype) -> Tensor")
 for _name, _run in (
     ("linear", _linear),
+    ("linear_inference", _linear),
     ("linears", _linears),
     ("dequantize", _dequantize),
     ("gather_rows", _gather_rows),
@@ -284,6 +310,7 @@ for _name, _run in (
 
 
 @torch.library.register_fake("hf_quant::linear", lib=_LIBRARY)
+@torch.library.register_fake("hf_quant::linear_inference", lib=_LIBRARY)
 def _fake_linear(x: torch.Tensor, codes: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], rest[4]))
 
