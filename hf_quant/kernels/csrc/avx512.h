@@ -33,6 +33,13 @@ HFQ_INLINE __m512 load_zeros(const uint8_t* zero, int64_t group) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
 }
 
+// 4 bytes of x in every lane, loaded once: left alone, the compiler loads them again for every tile that they meet.
+HFQ_INLINE __m512i broadcast(int32_t value) {
+  __m512i v = _mm512_set1_epi32(value);
+  __asm__("" : "+v"(v));
+  return v;
+}
+
 HFQ_INLINE __mmask16 tile_mask(const hfq_weight& w, int64_t tile) {
   const int64_t left = w.out - tile * 16;
   return static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);

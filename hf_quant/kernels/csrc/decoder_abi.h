@@ -2,6 +2,7 @@
 #pragma once
 #include "hf_quant.h"
 
+#pragma GCC visibility push(default)
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -71,3 +72,4 @@ int32_t hfq_decoder_abi(void);
 #ifdef __cplusplus
 }
 #endif
+#pragma GCC visibility pop

@@ -70,11 +70,11 @@ void decode_tile(const hfq_weight& w, int64_t tile, T* to) {
 }
 
 // One step of the inner product: a pair of columns (bf16) or one column (float32), both 4 bytes of x.
-HFQ_INLINE __m512 step(__m512 acc, const uint16_t* w, int32_t x) {
-  return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_load_si512(w), (__m512bh)_mm512_set1_epi32(x));
+HFQ_INLINE __m512 step(__m512 acc, const uint16_t* w, __m512i x) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_load_si512(w), (__m512bh)x);
 }
-HFQ_INLINE __m512 step(__m512 acc, const float* w, int32_t x) {
-  return _mm512_fmadd_ps(_mm512_load_ps(w), _mm512_castsi512_ps(_mm512_set1_epi32(x)), acc);
+HFQ_INLINE __m512 step(__m512 acc, const float* w, __m512i x) {
+  return _mm512_fmadd_ps(_mm512_load_ps(w), _mm512_castsi512_ps(x), acc);
 }
 
 template <int MR, int NT, class T>
@@ -94,8 +94,9 @@ void multiply(const Job& job, const T* panel, int64_t panel_stride, int64_t tile
     for (int m = 0; m < MR; ++m) {
       int32_t value;
       memcpy(&value, x + m * stride, 4);
+      const __m512i columns = broadcast(value);
 #pragma GCC unroll 2
-      for (int n = 0; n < NT; ++n) acc[n][m] = step(acc[n][m], panel + n * panel_stride, value);
+      for (int n = 0; n < NT; ++n) acc[n][m] = step(acc[n][m], panel + n * panel_stride, columns);
     }
   }
 #pragma GCC unroll 2

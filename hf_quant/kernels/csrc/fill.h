@@ -49,7 +49,10 @@ void fill_int8_row(const Activations& a, const Input& x, const void* from, int64
       const int64_t left = a.group - c, n = left < kInt8Block ? left : kInt8Block;
       load_numbers(advance(from, g * a.group + c, x.dtype), block, n, x.dtype);
       for (int64_t i = n; i % 16; ++i) block[i] = 0.0f;
-      a.scales[part] = Rounder::quantize(block, n, to + g * a.group + c, a.code_sums + part);
+      int32_t sum;
+      a.scales[part] = Rounder::quantize(block, n, to + g * a.group + c, &sum);
+      a.starts[part] = -a.implied * sum;
+      if (a.with_sums) a.sums[part] = static_cast<float>(sum) * a.scales[part];
     }
   }
 }

@@ -76,22 +76,23 @@ int32_t check_weight(const hfq_weight* w) {
 
 bool plan(Activations& a, const Variant& v, const hfq_weight& w, const Input& x, int32_t mode) {
   a.form = v.form(w, x.dtype, x.rows, mode);
-  a.with_sums = a.form != Form::kInt8 && v.wants_sums(w, a.form);
+  a.with_sums = v.wants_sums(w, a.form);
   a.rows = x.rows;
   a.in = x.in;
   a.padded = ceil_div(x.in, kBlockColumns) * kBlockColumns;
   a.planes = a.form == Form::kBf16 ? (x.dtype == HFQ_BF16 ? 1 : x.dtype == HFQ_F16 ? 2 : 3) : 1;
   a.group = w.group;
   a.groups = groups_of(w);
-  a.group_parts = ceil_div(w.group, kInt8Block);
+  a.group_parts = a.form == Form::kInt8 ? ceil_div(w.group, kInt8Block) : 1;
+  a.implied = implied_zero(w);
   const int64_t element = a.form == Form::kFloat ? 4 : a.form == Form::kInt8 ? 1 : 2;
   a.in_place = x.in == a.padded && x.dtype == (a.form == Form::kFloat ? HFQ_F32 : HFQ_BF16) && a.form != Form::kInt8;
   // a power-of-two distance between rows would put all of them into the same few sets of the cache
   a.row_stride = static_cast<int64_t>(padded64(a.padded * element) + 64) / element;
   a.plane_stride = a.row_stride * a.rows;
   const size_t numbers = a.in_place ? 0 : padded64(a.plane_stride * a.planes * element);
-  const size_t parts = padded64(a.rows * a.groups * (a.form == Form::kInt8 ? a.group_parts : 1) * 4);
-  const size_t extra = a.form == Form::kInt8 ? 2 * parts : a.with_sums ? parts : 0;
+  const size_t parts = padded64(a.rows * a.groups * a.group_parts * 4);
+  const size_t extra = (a.form == Form::kInt8 ? 2 * parts : 0) + (a.with_sums ? parts : 0);
   char* base = nullptr;
   if (numbers + extra) {
     base = static_cast<char*>(reserve(a, numbers + extra));
@@ -99,16 +100,17 @@ bool plan(Activations& a, const Variant& v, const hfq_weight& w, const Input& x,
   }
   a.data = a.in_place ? x.data : base;
   if (a.in_place) a.row_stride = x.stride;
-  a.sums = a.with_sums ? reinterpret_cast<float*>(base + numbers) : nullptr;
-  a.scales = a.form == Form::kInt8 ? reinterpret_cast<float*>(base + numbers) : nullptr;
-  a.code_sums = a.form == Form::kInt8 ? reinterpret_cast<int32_t*>(base + numbers + parts) : nullptr;
+  char* after = base + numbers;
+  a.scales = a.form == Form::kInt8 ? reinterpret_cast<float*>(after) : nullptr;
+  a.starts = a.form == Form::kInt8 ? reinterpret_cast<int32_t*>(after + parts) : nullptr;
+  a.sums = a.with_sums ? reinterpret_cast<float*>(after + extra - parts) : nullptr;
   return true;
 }
 
 bool serves(const Activations& a, const Variant& v, const hfq_weight& w, int32_t dtype, int32_t mode) {
   const Form form = v.form(w, dtype, a.rows, mode);
   if (a.in != w.in || a.form != form) return false;
-  if (form == Form::kInt8) return a.group == w.group;
+  if (form == Form::kInt8 && (a.group != w.group || a.implied != implied_zero(w))) return false;
   return !v.wants_sums(w, form) || (a.with_sums && a.group == w.group);
 }
 

@@ -44,13 +44,14 @@ struct Activations {
   int32_t planes = 1;
   int64_t group = 0;          // of the weight planned for; sums and int8 scales follow it
   int64_t groups = 0;
-  int64_t group_parts = 0;    // kInt8: activation blocks in one group
+  int64_t group_parts = 0;    // activation blocks in one group (1 unless kInt8)
   bool with_sums = false;
   const void* data = nullptr; // [planes][rows] rows, row_stride elements apart
   int64_t row_stride = 0, plane_stride = 0;
-  float* sums = nullptr;      // [rows][groups]: sums of x over the group (not kInt8), when with_sums
-  float* scales = nullptr;    // kInt8: [rows][groups * group_parts]
-  int32_t* code_sums = nullptr;  // kInt8: likewise, sums of the int8 codes
+  float* sums = nullptr;      // [rows][groups * group_parts]: sums of x (kInt8: as rounded) when with_sums
+  float* scales = nullptr;    // kInt8: likewise, what an int8 code stands for
+  int32_t implied = 0;        // kInt8: the implied zero point planned for
+  int32_t* starts = nullptr;  // kInt8: likewise, -implied * sum of the int8 codes: where an int32 sum starts
   bool in_place = false;      // data is the caller's x: nothing to fill
 
   Activations() = default;

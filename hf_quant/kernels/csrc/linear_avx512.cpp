@@ -185,18 +185,22 @@ struct VectorRounder {
   }
 };
 
-// Up to this many rows, codes are used as they are; above, a tile is decoded once and multiplied as a dense matrix.
-constexpr int64_t kFewRows = 8;
+// Up to how many rows codes are used as they are; above, a tile is decoded once and multiplied as a dense matrix.
+// Measured: 4-bit integers need one dot product for a pair of columns as the dense path does, the others need two.
+int64_t few_rows_of(const hfq_weight& w, int32_t dtype) {
+  if (dtype != HFQ_BF16) return w.bits == 4 && !w.table_grid ? 8 : 4;
+  return w.table_grid ? 12 : w.bits == 8 ? 8 : 64;
+}
 
 Form form(const hfq_weight& w, int32_t dtype, int64_t rows, int32_t mode) {
   if (mode == HFQ_INT8 && !w.table_grid) return Form::kInt8;
   // two bf16 tables hold 16 bits of a level: not enough beside float32 activations
   const bool precise = w.table_grid && dtype == HFQ_F32;
-  if (rows <= kFewRows && !precise) return Form::kBf16;
+  if (rows <= few_rows_of(w, dtype) && !precise) return Form::kBf16;
   return dtype == HFQ_BF16 ? Form::kDense : Form::kFloat;
 }
 
-bool wants_sums(const hfq_weight& w, Form form) { return form == Form::kBf16 && w.zero; }
+bool wants_sums(const hfq_weight& w, Form form) { return w.zero && (form == Form::kBf16 || form == Form::kInt8); }
 
 void run(const Job& job, int64_t first_tile, int64_t last_tile) {
   switch (job.x->form) {

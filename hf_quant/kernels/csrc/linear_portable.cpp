@@ -139,9 +139,11 @@ void int8_tile(const Job& job, int64_t tile, float* totals) {
         }
         for (int i = 0; i < n; ++i, ++m) {
           const float scale = a.scales[m * parts + g * a.group_parts + p];
-          const float sum = static_cast<float>(a.code_sums[m * parts + g * a.group_parts + p]);
+          const int32_t start = a.starts[m * parts + g * a.group_parts + p];
+          const float sum = w.zero ? a.sums[m * parts + g * a.group_parts + p] : 0.0f;
           for (int r = 0; r < 16; ++r) {
-            totals[m * 16 + r] += (static_cast<float>(acc[i][r]) - scales.zero[r] * sum) * (scales.scale[r] * scale);
+            const float product = static_cast<float>(acc[i][r] + start) * scale;
+            totals[m * 16 + r] += (product - (w.zero ? scales.zero[r] * sum : 0.0f)) * scales.scale[r];
           }
         }
       }
@@ -153,7 +155,7 @@ Form form(const hfq_weight& w, int32_t, int64_t, int32_t mode) {
   return mode == HFQ_INT8 && !w.table_grid ? Form::kInt8 : Form::kFloat;
 }
 
-bool wants_sums(const hfq_weight&, Form) { return false; }
+bool wants_sums(const hfq_weight& w, Form form) { return w.zero && form == Form::kInt8; }
 
 void run(const Job& job, int64_t first_tile, int64_t last_tile) {
   const hfq_weight& w = *job.weight;

@@ -25,16 +25,20 @@ struct Scratch {
 
 std::atomic<bool> forked{false};
 
-// The best variant first. A null entry was not compiled for this machine.
 struct Choice {
   const Variant* variant;
   int32_t status;
 };
 
+// The best variant first; null where it was not compiled for this machine.
 const Variant* variants(int i) {
   switch (i) {
+#if defined(__x86_64__)
     case 0: return avx512_variant();
     case 1: return avx2_variant();
+#else
+    case 0: case 1: return nullptr;
+#endif
     default: return portable_variant();
   }
 }
