@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant.config import QUANT_METHOD, HfQuantConfig
 from hf_quant.errors import FormatError, KernelError
+from hf_quant.nn.fused import fuse
 from hf_quant.nn.swap import quantized_modules
 from hf_quant.provenance import KEY, make_provenance
 
@@ -65,7 +66,7 @@ def publish(model: PreTrainedModel, quantizer: _Runtime) -> None:
 
 
 def prepare(model: nn.Module) -> None:
-    """Choose a kernel for every layer now, and say in one log line which ones run.
+    """Choose a kernel for every layer now, say in one log line which ones run, and fuse the decoders that can be.
 
     Raises:
         KernelError: a kernel was asked for by name that cannot run a layer.
@@ -82,3 +83,4 @@ def prepare(model: nn.Module) -> None:
         chosen[selection.kernel.name, selection.reason] += 1
     parts = [f"{count} x {kernel} ({reason})" for (kernel, reason), count in chosen.most_common()]
     logger.info("hf-quant kernels: %s", "; ".join(parts) or "none chosen yet (all layers are offloaded)")
+    fuse(model)

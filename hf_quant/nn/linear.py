@@ -19,6 +19,12 @@ _PREPARE = threading.RLock()
 _NESTED = ("weight_scale_absmax", "weight_scale_offset", "weight_scale_table")
 
 
+class Layouts:
+    """Counts how often any layer changed its layout: what was derived from layouts asks whether to look again."""
+
+    changes = 0
+
+
 class _Ready(NamedTuple):
     """A weight in the layout of the kernel that runs it."""
 
@@ -204,6 +210,7 @@ class QuantLinear(nn.Module):
                 if prepared.zero_point is not None and self.weight_zero_point is not None:
                     self.weight_zero_point.data = prepared.zero_point
                 self._ready = ready = _Ready(selection, spec, prepared)
+                Layouts.changes += 1
                 self._chosen = selection
             return ready
 
@@ -216,6 +223,7 @@ class QuantLinear(nn.Module):
     def forget(self) -> None:
         """Drop what a kernel prepared, without restoring it: the parameters are about to be replaced."""
         self._ready = None
+        Layouts.changes += 1
 
     def _restore(self) -> None:
         for name, tensor in self._canonical().items():
