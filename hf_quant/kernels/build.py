@@ -124,9 +124,10 @@ def main() -> int:
     """Build by hand; the exit code is 1 when it failed."""
     parser = argparse.ArgumentParser(description="Compile hf-quant's native CPU kernels.")
     parser.add_argument("--target", type=Path, default=LIBRARY, help="where the library goes")
+    parser.add_argument("--flag", action="append", default=[], help="one more flag for every file and the link")
     parser.add_argument("--verbose", action="store_true", help="print the commands and the compiler's warnings")
     arguments = parser.parse_args()
-    reason = build(arguments.target, quiet=not arguments.verbose)
+    reason = build(arguments.target, quiet=not arguments.verbose, extra=tuple(arguments.flag))
     print(reason or f"built {arguments.target}")
     return 1 if reason else 0
 
