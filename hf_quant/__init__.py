@@ -24,18 +24,23 @@ if TYPE_CHECKING:
     from hf_quant.api import LayerReport, inspect_model, load, quantize, save
     from hf_quant.config import HfQuantConfig
     from hf_quant.integrations.transformers import disable, enable
+    from hf_quant.nn.fused import FusedReport, describe_fused, fuse, unfuse
 
 __all__ = [
+    "FusedReport",
     "HfQuantConfig",
     "HfQuantError",
     "LayerReport",
     "__version__",
+    "describe_fused",
     "disable",
     "enable",
+    "fuse",
     "inspect_model",
     "load",
     "quantize",
     "save",
+    "unfuse",
 ]
 
 _PLUGIN = "hf_quant.integrations.transformers"  # importing it registers and enables
@@ -44,6 +49,7 @@ _HOMES = {
     "HfQuantConfig": "hf_quant.config",
     "disable": _PLUGIN,
     "enable": _PLUGIN,
+    **dict.fromkeys(("FusedReport", "describe_fused", "fuse", "unfuse"), "hf_quant.nn.fused"),
     **dict.fromkeys(("LayerReport", "inspect_model", "load", "save"), "hf_quant.api"),
 }
 

@@ -44,6 +44,7 @@ class Row:
     name: str
     tokens_per_second: float
     token: float
+    fastest: float
     decoder: float
     head: float
     rest: float
@@ -79,15 +80,15 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> list[
 
 
 @contextmanager
-def timed(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, float]]:
-    """Inside, seconds spent in the forward of each module are added up under its name."""
-    spent = dict.fromkeys(modules, 0.0)
+def timed(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, list[float]]]:
+    """Inside, the seconds of every call of a module are listed under its name."""
+    spent: dict[str, list[float]] = {name: [] for name in modules}
 
     def around(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             result = forward(*args, **kwargs)
-            spent[name] += time.perf_counter() - start
+            spent[name].append(time.perf_counter() - start)
             return result
 
         return run
@@ -97,19 +98,12 @@ def timed(modules: dict[str, torch.nn.Module]) -> Iterator[dict[str, float]]:
 
 
 def shares(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> tuple[float, float, float]:
-    """Microseconds per token in the decoder, in the head, and in everything else of ``generate``."""
-    modules = {"decoder": model.get_decoder(), "head": model.get_output_embeddings()}
-    with timed(modules) as spent:
-        generate(model, prompt, 2)  # the prefill and one token
-        for name in spent:
-            spent[name] = 0.0
-        first = generate(model, prompt, tokens)
-    # the prefill's share cannot be told apart here, so the rest is what a token takes less what its modules take
-    with timed(modules) as prefill:
-        generate(model, prompt, 1)
-    steps = tokens - 1
-    decoder, head = ((spent[name] - prefill[name]) / steps * 1e6 for name in ("decoder", "head"))
-    return decoder, head, statistics.median(first) * 1e6 - decoder - head
+    """Median microseconds per token in the decoder, in the head, and in everything else of ``generate``."""
+    with timed({"decoder": model.get_decoder(), "head": model.get_output_embeddings()}) as spent:
+        steps = generate(model, prompt, tokens)
+    decoder, head = spent["decoder"][1:], spent["head"][1:]  # the first call is the prefill
+    rest = [step - one - two for step, one, two in zip(steps, decoder, head, strict=True)]
+    return tuple(statistics.median(seconds) * 1e6 for seconds in (decoder, head, rest))  # type: ignore[return-value]
 
 
 def count_ops(model: PreTrainedModel, prompt: torch.Tensor) -> float:
@@ -155,13 +149,15 @@ def main() -> None:
     rows = []
     for name, (model, fused) in contenders.items():
         with switch(fused):
-            token = statistics.median(steps[name]) * 1e6
-            rows.append(Row(name, 1e6 / token, token, *shares(model, prompt, options.tokens), count_ops(model, prompt)))
+            token, fastest = statistics.median(steps[name]) * 1e6, min(steps[name]) * 1e6
+            rows.append(
+                Row(name, 1e6 / token, token, fastest, *shares(model, prompt, options.tokens), count_ops(model, prompt))
+            )
     table = Table(title=f"{options.quantized}, {options.threads} threads, prompt {options.prompt}, {sys.platform}")
-    for column in ("", "tok/s", "µs per token", "decoder", "head", "rest", "torch ops"):
+    for column in ("", "tok/s", "µs per token", "best round", "decoder", "head", "rest", "torch ops"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
-        figures = (row.token, row.decoder, row.head, row.rest, row.ops)
+        figures = (row.token, row.fastest, row.decoder, row.head, row.rest, row.ops)
         table.add_row(row.name, f"{row.tokens_per_second:.1f}", *(f"{figure:.0f}" for figure in figures))
     Console().print(table)
     if options.json:

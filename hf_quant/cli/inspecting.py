@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from hf_quant.cli.output import grouped_name, out, print_json, quiet_libraries, 
 
 if TYPE_CHECKING:
     from hf_quant.api import LayerReport
+    from hf_quant.nn.fused import FusedReport
 
 _DAMAGED = 1
 
@@ -45,12 +47,14 @@ def inspect(
     quiet_libraries()
     from hf_quant import api
     from hf_quant.checkpoint import check_directory, read_manifest, verify_manifest
+    from hf_quant.nn.fused import describe_fused
 
     check_directory(directory)
     manifest = read_manifest(directory)
     verification = verify_manifest(directory) if verify else None
     whole = verification is None or verification.ok
     reports: list[LayerReport] = []
+    decoders: list[FusedReport] = []
     if whole:
         model = api.load(
             directory,
@@ -61,6 +65,7 @@ def inspect(
             trust_remote_code=trust_remote_code,
         )
         reports = api.inspect_model(model)
+        decoders = describe_fused(model)
     if json:
         print_json(
             {
@@ -69,6 +74,7 @@ def inspect(
                 "files": {name: entry.model_dump() for name, entry in manifest.files.items()},
                 "verification": None if verification is None else vars(verification),
                 "layers": [_plain(report) for report in reports],
+                "decoders": [asdict(report) for report in decoders],
             }
         )
     else:
@@ -78,6 +84,7 @@ def inspect(
         if whole:
             out.print()
             _print_layers(reports, one_by_one=layers)
+            _print_decoders(decoders)
             _print_kept(manifest.plan)
     if not whole:
         raise typer.Exit(_DAMAGED)
@@ -132,6 +139,15 @@ def _print_layers(reports: list[LayerReport], *, one_by_one: bool) -> None:
         reasons[key] = reasons.get(key, 0) + 1
     for (kernel, reason), count in reasons.items():
         out.print(f"{kernel} runs {count} layers: {reason}", markup=False, soft_wrap=True)
+
+
+def _print_decoders(decoders: Sequence[FusedReport]) -> None:
+    for report in decoders:
+        if report.fused:
+            out.print(f"decoder     {report.name}: {report.layers} layers in one native call per generated token")
+        for name, reason in report.reasons.items():
+            where = f"{report.name}.{name}" if name else report.name
+            out.print(f"decoder     {where} is not fused: {reason}", markup=False, soft_wrap=True)
 
 
 def _print_kept(plan: Sequence[Mapping[str, Any]]) -> None:

@@ -18,7 +18,9 @@
 namespace hfq {
 namespace {
 
-constexpr int kSpins = 4000;  // some tens of microseconds: the others are nearly always there by then
+// Some ten microseconds: the others are nearly always there by then. Where they are not, the machine is busy with other
+// processes, and a thread that kept spinning would only use up the time that the scheduler has for its own team.
+constexpr int kSpins = 1000;
 
 inline void relax() {
 #if defined(__x86_64__)
