@@ -31,7 +31,7 @@ from hf_quant.formats import FORMATS
 from hf_quant.integrations.calibrated import Session, loading, run_on_files, run_on_model
 from hf_quant.integrations.calibrated import session as session_of
 from hf_quant.integrations.transformers import HfQuantQuantizer, prepare, publish, requested_kernel
-from hf_quant.nn.swap import put_quantized, put_vectors, quantized_modules
+from hf_quant.nn.swap import put_quantized, put_vectors, quantized_modules, untie
 from hf_quant.plan import Plan, PlannedLayer, make_plan
 from hf_quant.provenance import KEY, plan_rows
 from hf_quant.quantize.weight import quantize_weight
@@ -267,6 +267,9 @@ def _quantize_in_memory(
         tensors = {layer.name: _quantize_layer(model, plan, layer, device) for layer in plan.quantized}
     for name in list(tensors):
         put_quantized(model, name, tensors.pop(name), config.kernel, config.activations)
+    for layer in plan.quantized:
+        if layer.untied_from:
+            untie(model, layer.name)
     quantizer.plan, quantizer.format_name = plan, plan.format
     model.hf_quantizer = quantizer
     if device is not None:

@@ -37,6 +37,7 @@ class PlannedLayer:
         note: why it stays in float, or why its group is not the one asked for; else empty.
         float_bytes: bytes in the float checkpoint.
         planned_bytes: bytes after quantization.
+        untied_from: what a quantized weight is tied to in the float model (and what stays in float), else empty.
     """
 
     name: str
@@ -48,13 +49,11 @@ class PlannedLayer:
     note: str
     float_bytes: int
     planned_bytes: int
+    untied_from: str = ""
 
     @property
     def numel(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -284,20 +283,22 @@ def _plan_linear(name: str, module: nn.Module, rules: _Rules, tied: dict[str, st
     layer = _float_linear(name, module)
     columns = layer.shape[1]
     partner = tied.get(f"{name}.weight") or next((k for k, v in tied.items() if v == f"{name}.weight"), None)
-    if partner is not None:
-        if name in rules.config.overrides and rules.config.override(name) is not None:
-            raise PlanError(
-                f"{name} cannot be quantized: its weight is tied to {partner}.",
-                "drop the override, or untie the weights.",
-            )
-        shared = 0 if f"{name}.weight" in tied else layer.float_bytes
-        return replace(layer, rule="default skip", note=f"tied to {partner}", float_bytes=shared)
     request, rule, note = rules.decide(name)
+    if partner is not None:
+        shared = 0 if f"{name}.weight" in tied else layer.float_bytes
+        layer = replace(layer, float_bytes=shared)
+        if name not in rules.config.overrides or request is None:
+            return replace(layer, rule="default skip", note=f"tied to {partner}")
+        if shared:
+            raise PlanError(f"{name} cannot be quantized: {partner} is tied to its weight.", "drop the override.")
+        layer = replace(layer, untied_from=partner)
     if request is None:
         return replace(layer, rule=rule, note=note)
     scheme, note = fit_group(request.scheme, columns, name, rules.config.on_indivisible)
     if scheme is None:
         return replace(layer, rule=rule, note=note)
+    if layer.untied_from:
+        note = "; ".join(filter(None, (note, f"untied from {layer.untied_from}, which stays in float")))
     return replace(layer, scheme=scheme, method=request.method, rule=rule, note=note)
 
 

@@ -119,8 +119,20 @@ def test_tied_weights_stay_in_float(tiny_model) -> None:
     head = _layers(model)["lm_head"]
     assert head.scheme is None and "tied to model.embed_tokens" in head.note
     assert head.float_bytes == head.planned_bytes == 0
-    with pytest.raises(PlanError, match="tied"):
-        make_plan(model, HfQuantConfig(overrides={"lm_head": {"bits": 8}}))
+    named = _layers(model, overrides={"re:.*head": {"bits": 8}})["lm_head"]
+    assert named.scheme is None, "only its own name unties a head"
+
+
+def test_a_tied_head_is_untied_by_its_name(tiny_model) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    plan = make_plan(model, HfQuantConfig(overrides={"lm_head": {"bits": 8}}))
+    layers = {layer.name: layer for layer in plan.layers}
+    head, table = layers["lm_head"], layers["model.embed_tokens"]
+    assert head.scheme.label == "int8 sym g64"
+    assert head.untied_from == "model.embed_tokens.weight"
+    assert "untied from model.embed_tokens.weight, which stays in float" in head.note
+    assert head.float_bytes == 0 and head.planned_bytes > head.numel
+    assert table.scheme is None and table.planned_bytes == table.float_bytes > 0
 
 
 def test_an_untied_head_is_quantized_by_its_name(tiny_model) -> None:

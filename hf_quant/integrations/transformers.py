@@ -30,9 +30,10 @@ from hf_quant.integrations.published import model_dtype, prepare, publish
 from hf_quant.integrations.stored import StoredModule, scale_dtype, stored_modules
 from hf_quant.kernels import registry
 from hf_quant.nn.linear import QuantLinear
-from hf_quant.nn.swap import float_shape, put_empty, put_float, put_quantized, put_vectors, quantized_modules
+from hf_quant.nn.swap import float_shape, put_empty, put_float, put_quantized, put_vectors, quantized_modules, untie
 from hf_quant.plan import Plan, is_linear, make_plan, plan_of_checkpoint
 from hf_quant.provenance import KEY
+from hf_quant.quantize.weight import quantize_weight
 
 if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
     from transformers import PretrainedConfig, PreTrainedModel
@@ -182,7 +183,8 @@ class HfQuantQuantizer(_Runtime):
             self.deferred = self.calibrated is None
             if self.deferred:
                 return  # the float model is loaded first: a calibrated run cannot begin inside of transformers' loader
-        schemes = {layer.name: layer.scheme for layer in self.plan.quantized if layer.scheme}
+        # a tied weight has no tensor of its own in the files: it is quantized when its partner has been loaded
+        schemes = {q.name: q.scheme for q in self.plan.quantized if q.scheme and not q.untied_from}
         self._methods = {layer.name: layer.method for layer in self.plan.quantized}
         put_empty(model, schemes, getattr(torch, self.plan.scale_dtype), *self._requested())
 
@@ -224,6 +226,23 @@ class HfQuantQuantizer(_Runtime):
             put_quantized(model, layer.name, tensor, *self._requested())
             self.done.add(layer.name)
 
+    @torch.no_grad()
+    def _quantize_tied(self, model: PreTrainedModel) -> None:
+        """Layers whose float weight is that of the embedding: they get a weight of their own, and it stays in float."""
+        assert self.plan is not None
+        for layer in self.plan.quantized:
+            if not layer.untied_from or layer.scheme is None:
+                continue
+            if layer.name not in self.done:
+                weight, scales = model.get_parameter(layer.untied_from).detach(), getattr(torch, self.plan.scale_dtype)
+                if self.calibrated is not None:
+                    tensor = self.calibrated.journal.tensor(layer.name).to(weight.device)
+                else:
+                    tensor = quantize_weight(weight, layer.scheme, layer.method, scale_dtype=scales, name=layer.name)
+                put_quantized(model, layer.name, tensor, *self._requested())
+                self.done.add(layer.name)
+            untie(model, layer.name)
+
     def note_calibrated(self, calibrated: Calibrated) -> None:
         """Keep what is recorded of a calibrated run."""
         self.data, self.results = calibrated.data.record(), calibrated.journal.results()
@@ -232,6 +251,8 @@ class HfQuantQuantizer(_Runtime):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.deferred:
             self._calibrate(model)
+        if self.failure is None:
+            self._quantize_tied(model)
         if self.calibrated is not None and self.failure is None:
             self.note_calibrated(self.calibrated)
             put_vectors(model, self.calibrated.journal.floats())

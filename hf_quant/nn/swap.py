@@ -69,6 +69,18 @@ def put_quantized(
     return layer
 
 
+def untie(model: nn.Module, name: str) -> None:
+    """Let the weight of module ``name`` go its own way: no loader of this model may tie it to the embedding again."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for settings in (config, text):
+        if getattr(settings, "tie_word_embeddings", None):
+            settings.tie_word_embeddings = False  # type: ignore[union-attr]
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(tied, dict):
+        tied.pop(f"{name}.weight", None)
+
+
 def put_float(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every QuantLinear by the float layer that it stands for, its weight rounded once to ``dtype``."""
     for name, layer in list(quantized_modules(model)):

@@ -234,6 +234,34 @@ def test_a_quantized_head_runs_saves_reloads_and_loads_in_stock(recipe, tiny_lla
     torch.testing.assert_close(_logits(stock), _logits(model), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("recipe", ["int4", "nf4"])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_tied_head_is_untied_and_the_embedding_stays(recipe, in_memory, tiny_checkpoint, tmp_path) -> None:
+    source = tiny_checkpoint("llama", tie_word_embeddings=True)
+    override = {"bits": 8} if recipe == "int4" else {"group_size": 32}
+    config = HfQuantConfig(**RECIPES[recipe], overrides={"lm_head": override})
+    model = hf_quant.quantize(_load(source), config) if in_memory else _load(source, quantization_config=config)
+    table = _load(source).model.embed_tokens.weight.detach()
+    assert isinstance(model.lm_head, QuantLinear)
+    assert torch.equal(model.model.embed_tokens.weight, table)
+    assert 0 < float((model.lm_head.dequantize() - table).detach().norm() / table.norm()) < 0.2
+    assert model.config.tie_word_embeddings is False
+    model.save_pretrained(tmp_path)
+    again = _load(tmp_path)
+    assert isinstance(again.lm_head, QuantLinear)
+    _assert_same(model, again)
+    assert torch.equal(again.model.embed_tokens.weight, table)
+    assert torch.equal(_logits(model), _logits(again))
+    hf_quant.disable()
+    try:
+        stock = _load(tmp_path)
+    finally:
+        hf_quant.enable()
+    torch.testing.assert_close(_logits(stock), _logits(model), rtol=0, atol=0.02)
+    plain = _load(tmp_path).dequantize()
+    assert plain.lm_head.weight.data_ptr() != plain.model.embed_tokens.weight.data_ptr()
+
+
 def test_dequantizing_leaves_a_plain_model(quantized, tiny_llama, tmp_path) -> None:
     for model in (
         _load(quantized()[1]).dequantize(),

@@ -138,7 +138,7 @@ def test_reasons_name_the_way_out(fresh: pytest.MonkeyPatch, tmp_path: Path) -> 
     native_library._load.cache_clear()
     native_library.PATH.write_bytes(b"no library")
     assert "_native.so does not load" in str(native_library.unavailable())
-    with pytest.raises(KernelError, match="kernels cannot be used: _native.so does not load"):
+    with pytest.raises(KernelError, match=r"kernels cannot be used: _native\.so does not load"):
         native_library.functions()
 
 
