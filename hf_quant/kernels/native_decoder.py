@@ -11,7 +11,7 @@ from hf_quant.kernels import native_library
 from hf_quant.kernels.native import NativePrepared
 from hf_quant.kernels.native_library import Weight
 
-ABI = 1
+ABI = 2
 POSITION, MASKED = 100, 101  # codes of csrc/decoder_abi.h
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
 
@@ -82,7 +82,14 @@ def entry() -> Callable[..., int]:
     """``hfq_decode(decoder, step, threads)``; only where :func:`unavailable` says None."""
     found = _load()[0]
     assert found is not None
-    return found
+    return found[0]
+
+
+def float_linear() -> Callable[..., int]:
+    """``hfq_float_linear``, the product with a float weight; only where :func:`unavailable` says None."""
+    found = _load()[0]
+    assert found is not None
+    return found[1]
 
 
 def projection(prepared: NativePrepared, bias: int | None) -> Projection:
@@ -91,10 +98,10 @@ def projection(prepared: NativePrepared, bias: int | None) -> Projection:
 
 
 @cache
-def _load() -> tuple[Callable[..., int] | None, str | None]:
+def _load() -> tuple[tuple[Callable[..., int], Callable[..., int]] | None, str | None]:
     library = ctypes.CDLL(str(native_library.PATH))  # loaded before: the same handle
     try:
-        version, decode = library.hfq_decoder_abi, library.hfq_decode
+        version, decode, product = library.hfq_decoder_abi, library.hfq_decode, library.hfq_float_linear
     except AttributeError:
         return None, f"{native_library.PATH.name} has no fused decoder; `python -m hf_quant.kernels.build` compiles it"
     version.restype, version.argtypes = c_int32, ()
@@ -104,4 +111,7 @@ def _load() -> tuple[Callable[..., int] | None, str | None]:
             f"(ABI {version()}, not {ABI}); `python -m hf_quant.kernels.build` compiles it again"
         )
     decode.restype, decode.argtypes = c_int32, (c_void_p, c_void_p, c_int32)
-    return decode, None
+    product.restype = c_int32
+    product.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64)
+    product.argtypes += (c_int32, c_int32)
+    return (decode, product), None

@@ -8,11 +8,7 @@ and the model's own forward for every other call. Nothing else of the model chan
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +19,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hf_quant.kernels import native_decoder, native_library
 from hf_quant.nn.decoder import ATTENTIONS, Parts, Refusal, decoders, take_apart
+from hf_quant.nn.forwards import StandIn
 from hf_quant.nn.growing import Addresses, GrowingLayer
+from hf_quant.nn.head import HeadForward, head_of
 from hf_quant.nn.prepared_decoder import PreparedDecoder, Watch, noted
+from hf_quant.nn.switching import enabled, switch
 
-VARIABLE = "HF_QUANT_FUSED"
+__all__ = ["FusedForward", "FusedReport", "describe_fused", "enabled", "fuse", "switch", "unfuse"]
+
 MAX_ROWS = 64
-_switch: ContextVar[bool | None] = ContextVar("hf_quant_fused", default=None)
 _QUIET = frozenset(("use_cache", "return_dict", "output_attentions", "output_hidden_states"))
 
 
@@ -49,40 +48,22 @@ class FusedReport:
     reasons: dict[str, str]
 
 
-@contextmanager
-def switch(enabled: bool) -> Iterator[None]:
-    """Inside, fused decoders run natively or not, whatever HF_QUANT_FUSED says."""
-    token = _switch.set(enabled)
-    try:
-        yield
-    finally:
-        _switch.reset(token)
-
-
-def enabled() -> bool:
-    """Whether fused decoders run natively: unless HF_QUANT_FUSED is 0 or :func:`switch` says no."""
-    chosen = _switch.get()
-    return os.environ.get(VARIABLE) != "0" if chosen is None else chosen
-
-
 def fuse(model: nn.Module) -> int:
-    """Let every decoder of a known family run natively where it can; how many there are."""
-    count = 0
-    for _, decoder in decoders(model):
-        count += 1
-        if not isinstance(decoder.__dict__.get("forward"), FusedForward):
-            decoder.forward = FusedForward(decoder, decoder.__dict__.get("forward"))
-    return count
+    """Let every decoder of a known family, and a float output head, run natively where they can; how many decoders."""
+    found = [decoder for _, decoder in decoders(model)]
+    for decoder in found:
+        FusedForward.put(decoder)
+    if found and (head := head_of(model)) is not None:
+        HeadForward.put(head)
+    return len(found)
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every decoder its own forward back."""
+    """Give every decoder and the head their own forwards back."""
     for _, decoder in decoders(model):
-        forward = decoder.__dict__.get("forward")
-        if isinstance(forward, FusedForward):
-            del decoder.forward
-            if forward.before is not None:
-                decoder.forward = forward.before
+        FusedForward.take(decoder)
+    if (head := head_of(model)) is not None:
+        HeadForward.take(head)
 
 
 def describe_fused(model: nn.Module) -> list[FusedReport]:
@@ -91,7 +72,7 @@ def describe_fused(model: nn.Module) -> list[FusedReport]:
     for name, decoder in decoders(model):
         refusal = native_decoder.unavailable()
         if refusal is None and not enabled():
-            refusal = f"{VARIABLE}=0 switches it off" if _switch.get() is None else "it is switched off"
+            refusal = "HF_QUANT_FUSED=0 or hf_quant.nn.switching.switch(False) switches it off"
         if refusal is None and not isinstance(decoder.__dict__.get("forward"), FusedForward):
             refusal = "hf_quant.fuse was not called, or something else replaced its forward"
         found = Refusal({"": refusal}) if refusal else take_apart(decoder)
@@ -100,34 +81,14 @@ def describe_fused(model: nn.Module) -> list[FusedReport]:
     return reports
 
 
-class FusedForward:
-    """The forward of one decoder: native where a call allows it, the original elsewhere.
+class FusedForward(StandIn):
+    """The forward of one decoder: native where a call allows it, the original elsewhere."""
 
-    Args:
-        decoder: the module; it owns this object, which therefore only refers to it weakly.
-        before: a forward that the instance had of its own (a hook of accelerate), or None.
-    """
-
-    def __init__(self, decoder: Any, before: Any = None) -> None:
-        self._decoder: Callable[[], Any] = weakref.ref(decoder)
-        self.before = before
+    def __init__(self, module: Any, before: Any = None) -> None:
+        super().__init__(module, before)
         self._watch: Watch | None = None
         self._prepared: PreparedDecoder | None = None
         self._last: tuple[Any, ...] = ()  # what the last native call left: its cache, its length, and the counters
-
-    @property
-    def __wrapped__(self) -> Any:
-        """The original forward, whose signature this one has."""
-        decoder = self._decoder()
-        assert decoder is not None
-        return self.before if self.before is not None else type(decoder).forward.__get__(decoder)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
-        decoder = self._decoder()
-        return FusedForward(memo.get(id(decoder), decoder), self.before)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FusedForward, (self._decoder(), self.before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the decoder's own forward."""
@@ -152,7 +113,7 @@ class FusedForward:
             return None
         if (input_ids is None) == (inputs_embeds is None) or not 0 < tokens.shape[0] <= MAX_ROWS:
             return None
-        decoder = self._decoder()
+        decoder = self.module()
         if decoder is None or not _calm(decoder, others) or self.before is not None:
             return None
         prepared = self._prepared

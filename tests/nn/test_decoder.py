@@ -354,7 +354,7 @@ def test_gradients_and_training_take_the_ordinary_path(llama: PreTrainedModel, n
 
 def test_copies_and_pickles_are_models_of_their_own(llama: PreTrainedModel, native: _Counter) -> None:
     twin = copy.deepcopy(llama)
-    assert twin.model.forward._decoder() is twin.model
+    assert twin.model.forward.module() is twin.model
     again = pickle.loads(pickle.dumps(llama))
     expected = _steps(llama, IDS, 5)
     with torch.no_grad():
@@ -380,7 +380,7 @@ def test_switches(llama: PreTrainedModel, native: _Counter, monkeypatch: pytest.
     monkeypatch.setenv("HF_QUANT_FUSED", "0")
     _steps(llama, IDS, 5)
     assert native.calls == 0
-    assert fused.describe_fused(llama)[0].reasons == {"": "HF_QUANT_FUSED=0 switches it off"}
+    assert "HF_QUANT_FUSED=0" in fused.describe_fused(llama)[0].reasons[""]
     monkeypatch.delenv("HF_QUANT_FUSED")
     fused.unfuse(llama)
     assert "forward" not in llama.model.__dict__

@@ -305,6 +305,17 @@ int32_t check(const hfq_decoder& d, const hfq_step& s) {
   return HFQ_OK;
 }
 
+struct FloatRun {
+  FloatProduct product;
+  const Glue* glue;
+  int64_t out;
+};
+
+void float_body(int thread, int threads, void* data) {
+  const FloatRun& run = *static_cast<FloatRun*>(data);
+  run.glue->float_product(run.product, share(run.out, thread, threads), share(run.out, thread + 1, threads));
+}
+
 }  // namespace
 }  // namespace hfq
 
@@ -356,5 +367,22 @@ int32_t hfq_decode(const hfq_decoder* decoder, const hfq_step* step, int32_t thr
   if (s.lengths) {
     for (int32_t i = 0; i < d.count; ++i) ++*s.lengths[i];
   }
+  return HFQ_OK;
+}
+
+int32_t hfq_float_linear(const void* weight, int64_t weight_stride, int64_t out, int64_t in, const void* x, int64_t rows,
+                         int64_t x_stride, const void* bias, void* y, int64_t y_stride, int32_t dtype,
+                         int32_t threads) {
+  if (dtype < HFQ_F32 || dtype > HFQ_F16) return HFQ_BAD_DTYPE;
+  if (out < 1 || in < 1 || rows < 0 || threads < 1 || weight_stride < in) return HFQ_BAD_SHAPE;
+  const Variant* v = active_variant();
+  if (!v) return hfq_status();
+  static thread_local Arena kept_memory;
+  const int64_t stride = static_cast<int64_t>(padded(in * 4)) / 4;
+  if (!kept_memory.reserve(static_cast<size_t>(rows * stride) * 4)) return HFQ_NO_MEMORY;
+  float* wide = reinterpret_cast<float*>(kept_memory.memory);
+  for (int64_t r = 0; r < rows; ++r) load_numbers(advance(x, r * x_stride, dtype), wide + r * stride, in, dtype);
+  FloatRun run{{dtype, weight, weight_stride, in, wide, rows, stride, bias, y, y_stride}, glue_of(v), out};
+  parallel(threads, float_body, &run);
   return HFQ_OK;
 }

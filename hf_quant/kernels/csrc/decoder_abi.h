@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define HFQ_DECODER_ABI 1
+#define HFQ_DECODER_ABI 2
 
 enum {
   HFQ_POSITION = 100,  // a position lies outside of the cos and sin tables
@@ -68,6 +68,11 @@ typedef struct {
 // HFQ_OK or an error code, in which case neither y nor the cache was touched. `threads` is an upper bound.
 int32_t hfq_decode(const hfq_decoder* decoder, const hfq_step* step, int32_t threads);
 int32_t hfq_decoder_abi(void);
+
+// y[rows, out] = x[rows, in] @ W^T + bias with a float weight [out, in] of the same dtype, for a few rows: what is left in
+// float (mostly the output head) read once at the speed of memory. Sums are float32. `bias` may be NULL.
+int32_t hfq_float_linear(const void* weight, int64_t weight_stride, int64_t out, int64_t in, const void* x, int64_t rows,
+                         int64_t x_stride, const void* bias, void* y, int64_t y_stride, int32_t dtype, int32_t threads);
 
 #ifdef __cplusplus
 }

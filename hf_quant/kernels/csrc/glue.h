@@ -27,6 +27,18 @@ struct Attend {
   float* scores;                    // scratch: at least past + 1 - first + 16
 };
 
+// Outputs of a product with a float weight.
+struct FloatProduct {
+  int32_t dtype;            // of weight, bias and y
+  const void* weight;
+  int64_t weight_stride, in;
+  const float* x;           // [rows] rows, x_stride apart
+  int64_t rows, x_stride;
+  const void* bias;         // or nullptr
+  void* y;
+  int64_t y_stride;
+};
+
 struct Glue {
   // out = weight * round(x * rsqrt(mean(x^2) + eps)); scratch: 2 n floats.
   void (*norm)(const void* x, const void* weight, float eps, void* out, int64_t n, int32_t dtype, float* scratch);
@@ -35,6 +47,8 @@ struct Glue {
   void (*gate)(void* gate, const void* up, int64_t n, int32_t dtype);
   // x += y
   void (*add)(void* x, const void* y, int64_t n, int32_t dtype);
+  // outputs [first, last)
+  void (*float_product)(const FloatProduct& p, int64_t first, int64_t last);
 };
 
 const Glue* avx512_glue();  // nullptr where it was not compiled

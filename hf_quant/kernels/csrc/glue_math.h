@@ -299,7 +299,49 @@ void attend(const Attend& a) {
   }
 }
 
-constexpr Glue kGlue = {norm, attend, gate, add};
+// `kCount` outputs for every row of x; the weight comes from memory once and is read again from the nearest cache.
+template <class T, int kCount>
+void float_outputs(const FloatProduct& p, int64_t first) {
+  typedef typename T::Number Number;
+  constexpr int64_t kAhead = 8;  // outputs fetched ahead: some ten kilobytes
+  const Number* w = static_cast<const Number*>(p.weight) + first * p.weight_stride;
+  const int64_t whole = p.in / kLanes * kLanes;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const float* x = p.x + r * p.x_stride;
+    Vec sums_of[kCount] = {};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const Vec v = load(x + i);
+      for (int k = 0; k < kCount; ++k) {
+        if (r == 0) __builtin_prefetch(w + (k + kAhead) * p.weight_stride + i);
+        sums_of[k] += T::load(w + k * p.weight_stride + i) * v;
+      }
+    }
+    for (int k = 0; k < kCount; ++k) {
+      float total = sum(sums_of[k]);
+      for (int64_t i = whole; i < p.in; ++i) total += load_number(w + k * p.weight_stride, i, p.dtype) * x[i];
+      if (p.bias) total += load_number(p.bias, first + k, p.dtype);
+      store_number(p.y, r * p.y_stride + first + k, total, p.dtype);
+    }
+  }
+}
+
+template <class T>
+void float_product_as(const FloatProduct& p, int64_t first, int64_t last) {
+  for (; first + 4 <= last; first += 4) float_outputs<T, 4>(p, first);
+  for (; first < last; ++first) float_outputs<T, 1>(p, first);
+}
+
+void float_product(const FloatProduct& p, int64_t first, int64_t last) {
+  if (p.dtype == HFQ_F32) {
+    float_product_as<Single>(p, first, last);
+  } else if (p.dtype == HFQ_BF16) {
+    float_product_as<Brain>(p, first, last);
+  } else {
+    float_product_as<Half>(p, first, last);
+  }
+}
+
+constexpr Glue kGlue = {norm, attend, gate, add, float_product};
 
 }  // namespace
 }  // namespace hfq
