@@ -7,6 +7,7 @@ namespace {
 constexpr int64_t kPrefetch = 4096;      // from memory, where few rows wait for it
 constexpr int64_t kPrefetchNear = 1024;  // from the second-level cache
 constexpr int64_t kRowBlock = 256 << 10;   // bytes of x that stay in the cache while the tiles pass
+constexpr int64_t kLeastRowBlock = 516;    // reading the codes again every 96 rows was 7 % slower
 constexpr int64_t kUnpackRows = 24;        // from here on 4-bit codes are unpacked once for all rows
 
 // The codes of NT tiles: those of the weight, or an unpacked copy in the 8-bit layout.
@@ -168,7 +169,8 @@ void row_block(const Job& job, int64_t first_tile, int64_t last_tile, int64_t ro
 
 void avx512_int8(const Job& job, int64_t first_tile, int64_t last_tile) {
   const Activations& a = *job.x;
-  const int64_t fit = kRowBlock / a.row_stride / 12 * 12, step = fit < 96 ? 96 : fit;
+  const int64_t fit = kRowBlock / a.row_stride / 12 * 12;
+  const int64_t step = fit < kLeastRowBlock ? kLeastRowBlock : fit;
   for (int64_t row = 0; row < a.rows; row += step) {
     row_block(job, first_tile, last_tile, row, row + step < a.rows ? row + step : a.rows);
   }
