@@ -299,36 +299,48 @@ void attend(const Attend& a) {
   }
 }
 
-// `kCount` outputs for every row of x; the weight comes from memory once and is read again from the nearest cache.
-template <class T, int kCount>
-void float_outputs(const FloatProduct& p, int64_t first) {
-  typedef typename T::Number Number;
-  constexpr int64_t kAhead = 8;  // outputs fetched ahead: some ten kilobytes
-  const Number* w = static_cast<const Number*>(p.weight) + first * p.weight_stride;
-  const int64_t whole = p.in / kLanes * kLanes;
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const float* x = p.x + r * p.x_stride;
-    Vec sums_of[kCount] = {};
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const Vec v = load(x + i);
-      for (int k = 0; k < kCount; ++k) {
-        if (r == 0) __builtin_prefetch(w + (k + kAhead) * p.weight_stride + i);
-        sums_of[k] += T::load(w + k * p.weight_stride + i) * v;
-      }
-    }
-    for (int k = 0; k < kCount; ++k) {
-      float total = sum(sums_of[k]);
-      for (int64_t i = whole; i < p.in; ++i) total += load_number(w + k * p.weight_stride, i, p.dtype) * x[i];
-      if (p.bias) total += load_number(p.bias, first + k, p.dtype);
-      store_number(p.y, r * p.y_stride + first + k, total, p.dtype);
-    }
+// Lane sums of w . x; four accumulators hide the latency of the additions. Weights follow each other in memory, so what
+// lies some kilobytes ahead is fetched.
+template <class T>
+inline Vec product_lanes(const typename T::Number* w, const float* x, int64_t whole) {
+  constexpr int64_t kAhead = 4096 / sizeof(typename T::Number);
+  Vec parts[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+    __builtin_prefetch(w + i + kAhead);
+    __builtin_prefetch(w + i + kAhead + 2 * kLanes);
+    for (int k = 0; k < 4; ++k) parts[k] += T::load(w + i + k * kLanes) * load(x + i + k * kLanes);
   }
+  for (; i < whole; i += kLanes) parts[0] += T::load(w + i) * load(x + i);
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
 template <class T>
 void float_product_as(const FloatProduct& p, int64_t first, int64_t last) {
-  for (; first + 4 <= last; first += 4) float_outputs<T, 4>(p, first);
-  for (; first < last; ++first) float_outputs<T, 1>(p, first);
+  constexpr int64_t kCount = 16;  // outputs at a time: for further rows of x they come from the nearest caches
+  const int64_t whole = p.in / kLanes * kLanes;
+  for (int64_t n = first; n < last; n += kCount) {
+    const int64_t count = last - n < kCount ? last - n : kCount;
+    const typename T::Number* w = static_cast<const typename T::Number*>(p.weight) + n * p.weight_stride;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const float* x = p.x + r * p.x_stride;
+      Vec lanes[kCount] = {};
+      float totals[kCount];
+      for (int64_t k = 0; k < count; ++k) lanes[k] = product_lanes<T>(w + k * p.weight_stride, x, whole);
+#if defined(__AVX512F__)
+      store(totals, sums(lanes));
+#else
+      for (int64_t k = 0; k < kCount; ++k) totals[k] = sum(lanes[k]);
+#endif
+      for (int64_t i = whole; i < p.in; ++i) {
+        for (int64_t k = 0; k < count; ++k) totals[k] += load_number(w + k * p.weight_stride, i, p.dtype) * x[i];
+      }
+      if (p.bias) {
+        for (int64_t k = 0; k < count; ++k) totals[k] += load_number(p.bias, n + k, p.dtype);
+      }
+      store_numbers(totals, advance(p.y, r * p.y_stride + n, p.dtype), count, p.dtype);
+    }
+  }
 }
 
 void float_product(const FloatProduct& p, int64_t first, int64_t last) {
