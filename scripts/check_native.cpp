@@ -120,8 +120,9 @@ void product(const Shape& s, const Grid& g, const Weight& w, int64_t rows, int32
   void* ys[] = {y.get()};
   const int64_t strides[] = {s.out + gap};
   const void* biases[] = {bias.get()};
+  const int32_t threads = 1 + static_cast<int32_t>(rows % 2);
   const int32_t code =
-      hfq_linear(weights, 1, x.get(), rows, s.in + gap, dtype, ys, strides, biases, mode, 1 + static_cast<int>(rows % 2));
+      hfq_linear(weights, 1, x.get(), rows, s.in + gap, dtype, ys, strides, biases, mode, threads);
   check(code == HFQ_OK, hfq_error(code), s, g, rows);
   if (dtype == HFQ_F16) return;
   for (int64_t m = 0; m < rows; ++m) {
@@ -138,7 +139,7 @@ void product(const Shape& s, const Grid& g, const Weight& w, int64_t rows, int32
       size == 4 ? memcpy(&got, at, 4) : memcpy(&half, at, 2);
       if (size == 2) got = from_bf16(half);
       const double allowed = (mode == HFQ_INT8 ? 0.01 : size == 2 ? 0.006 : 1e-4) * size_of_terms + 1e-3;
-      if (std::fabs(got - sum) > allowed) return check(false, mode == HFQ_INT8 ? "int8 product" : "product", s, g, rows);
+      if (std::fabs(got - sum) > allowed) return check(false, mode ? "int8 product" : "product", s, g, rows);
     }
   }
 }

@@ -23,7 +23,8 @@ namespace {
 
 HFQ_INLINE __m512 load_scales(const void* scale, int64_t group, int32_t type) {
   if (type == HFQ_F32) return _mm512_loadu_ps(static_cast<const float*>(scale) + group * 16);
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(scale) + group * 16));
+  const uint16_t* at = static_cast<const uint16_t*>(scale) + group * 16;
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
   if (type == HFQ_F16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }

@@ -1,7 +1,7 @@
 // AVX-512, many rows of x: two tiles are decoded into a panel, which is multiplied as a dense matrix.
 //
-// bf16 activations take weights rounded to bf16, which is what the reference path does; float32 activations (and float16
-// ones, as float32) take float32 weights.
+// bf16 activations take weights rounded to bf16, as the reference path does; float32 activations (and float16 ones, as
+// float32) take float32 weights.
 #include "avx512.h"
 
 namespace hfq {

@@ -57,20 +57,6 @@ void fill_int8_row(const Activations& a, const Input& x, const void* from, int64
   }
 }
 
-// x = sum of the planes: each takes the leading 8 bits of what is left, so that three hold a float32 and two a float16.
-inline void split_bf16(const float* x, int64_t n, uint16_t* to, int64_t plane_stride, int32_t planes) {
-  for (int64_t i = 0; i < n; ++i) {
-    float rest = x[i];
-    const bool finite = (bits_of(rest) & 0x7fffffff) < 0x7f800000;
-    for (int32_t p = 0; p < planes; ++p) {
-      const uint32_t high = bits_of(rest) & 0xffff0000u;
-      // truncating a NaN may leave an infinity
-      to[p * plane_stride + i] = static_cast<uint16_t>(finite ? high >> 16 : p ? 0 : to_bf16(x[i]));
-      rest -= float_of(high);
-    }
-  }
-}
-
 inline void fill_sums(const Activations& a, const Input& x, const void* from, int64_t row) {
   float block[64];
   for (int64_t g = 0; g < a.groups; ++g) {
@@ -106,19 +92,8 @@ void fill_rows(const Activations& a, const Input& x, int64_t first, int64_t last
       continue;
     }
     uint16_t* to = static_cast<uint16_t*>(const_cast<void*>(a.data)) + row * a.row_stride;
-    if (x.dtype == HFQ_BF16) {
-      memcpy(to, from, static_cast<size_t>(a.in) * 2);
-    } else {
-      float block[64];
-      for (int64_t c = 0; c < a.in; c += 64) {
-        const int64_t left = a.in - c, n = left < 64 ? left : 64;
-        load_numbers(advance(from, c, x.dtype), block, n, x.dtype);
-        split_bf16(block, n, to + c, a.plane_stride, a.planes);
-      }
-    }
-    for (int32_t p = 0; p < a.planes; ++p) {
-      for (int64_t i = a.in; i < a.padded; ++i) to[p * a.plane_stride + i] = 0;
-    }
+    memcpy(to, from, static_cast<size_t>(a.in) * 2);  // the bf16 forms are for bf16 activations
+    for (int64_t i = a.in; i < a.padded; ++i) to[i] = 0;
   }
 }
 

@@ -1,8 +1,8 @@
 // The C ABI of hf-quant's native CPU kernels: what Python loads with ctypes.
 //
 // Layout of a weight ("tiled"): a tile is 16 output rows times all columns. `out` is padded to a multiple of 16 rows
-// and the columns to a multiple of 8; padding has code 0 and scale 0. Codes are stored as [tiles][blocks] with 8 columns
-// a block. Inside a block, row r of the tile owns the 4 bytes at 4r of every 64 bytes:
+// and the columns to a multiple of 8; padding has code 0 and scale 0. Codes are stored as [tiles][blocks], 8 columns a
+// block. Inside a block, row r of the tile owns the 4 bytes at 4r of every 64 bytes:
 //   4 bits, 64 bytes a block:  low nibbles of the 4 bytes = columns 0, 4, 1, 5; high nibbles = columns 2, 6, 3, 7;
 //   8 bits, 128 bytes a block: columns 0, 4, 1, 5 in the first 64 bytes, columns 2, 6, 3, 7 in the second.
 // Read as 16-bit words, any one bit field of both words of a row is then a pair of neighbouring columns, which is what

@@ -54,14 +54,15 @@ void int8_rows(const Job& job, Codes codes, int64_t tile, int64_t row) {
 #pragma GCC unroll 2
         for (int n = 0; n < NT; ++n) {
           const uint8_t* block = at + n * codes.tile_bytes;
+          const char* ahead = reinterpret_cast<const char*>(block + (MR <= 4 ? kPrefetch : kPrefetchNear));
           half[0][n] = _mm512_loadu_si512(block);
-          _mm_prefetch(reinterpret_cast<const char*>(block + (MR <= 4 ? kPrefetch : kPrefetchNear)), _MM_HINT_T0);
+          _mm_prefetch(ahead, _MM_HINT_T0);
           if (BITS == 4) {
             half[1][n] = _mm512_and_si512(_mm512_srli_epi16(half[0][n], 4), nibble);
             half[0][n] = _mm512_and_si512(half[0][n], nibble);
           } else {
             half[1][n] = _mm512_loadu_si512(block + 64);
-            _mm_prefetch(reinterpret_cast<const char*>(block + (MR <= 4 ? kPrefetch : kPrefetchNear) + 64), _MM_HINT_T0);
+            _mm_prefetch(ahead + 64, _MM_HINT_T0);
           }
         }
 #pragma GCC unroll 2

@@ -80,7 +80,6 @@ bool plan(Activations& a, const Variant& v, const hfq_weight& w, const Input& x,
   a.rows = x.rows;
   a.in = x.in;
   a.padded = ceil_div(x.in, kBlockColumns) * kBlockColumns;
-  a.planes = a.form == Form::kBf16 ? (x.dtype == HFQ_BF16 ? 1 : x.dtype == HFQ_F16 ? 2 : 3) : 1;
   a.group = w.group;
   a.groups = groups_of(w);
   a.group_parts = a.form == Form::kInt8 ? ceil_div(w.group, kInt8Block) : 1;
@@ -89,8 +88,7 @@ bool plan(Activations& a, const Variant& v, const hfq_weight& w, const Input& x,
   a.in_place = x.in == a.padded && x.dtype == (a.form == Form::kFloat ? HFQ_F32 : HFQ_BF16) && a.form != Form::kInt8;
   // a power-of-two distance between rows would put all of them into the same few sets of the cache
   a.row_stride = static_cast<int64_t>(padded64(a.padded * element) + 64) / element;
-  a.plane_stride = a.row_stride * a.rows;
-  const size_t numbers = a.in_place ? 0 : padded64(a.plane_stride * a.planes * element);
+  const size_t numbers = a.in_place ? 0 : padded64(a.row_stride * a.rows * element);
   const size_t parts = padded64(a.rows * a.groups * a.group_parts * 4);
   const size_t extra = (a.form == Form::kInt8 ? 2 * parts : 0) + (a.with_sums ? parts : 0);
   char* base = nullptr;
@@ -161,7 +159,8 @@ int32_t hfq_linear(const hfq_weight* const* weights, int32_t count, const void* 
     // one row is converted sooner than the threads could agree to share it
     const bool filled = rows == 1 || team == 1;
     if (filled) fill_share(kept, *v, input, 0, 1);
-    Product p{v, weights + i, n, &kept, input, y + i, y_strides + i, biases ? biases + i : nullptr, dtype, tiles, filled};
+    const void* const* bias = biases ? biases + i : nullptr;
+    Product p{v, weights + i, n, &kept, input, y + i, y_strides + i, bias, dtype, tiles, filled};
     parallel(team, product_share, &p);
     i += n;
   }

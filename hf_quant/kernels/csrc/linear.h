@@ -31,8 +31,8 @@ struct Input {
 
 // The forms in which a micro-kernel takes x. All have the columns padded to a multiple of 8 with zeros.
 enum class Form : int32_t {
-  kBf16,   // `planes` bf16 arrays whose sum is x; the kernel applies the scales to sums over a group
-  kDense,  // one bf16 array; the kernel multiplies it with weights rounded to bf16, as the reference path does
+  kBf16,   // bf16; the kernel takes codes as they are and applies the scales to sums over a group
+  kDense,  // bf16; the kernel takes weights rounded to bf16, as the reference path does
   kFloat,  // float32
   kInt8,   // int8, columns of every 8 permuted as the low and high nibbles are: 0 4 1 5 2 6 3 7
 };
@@ -41,13 +41,12 @@ enum class Form : int32_t {
 struct Activations {
   Form form = Form::kBf16;
   int64_t rows = 0, in = 0, padded = 0;
-  int32_t planes = 1;
   int64_t group = 0;          // of the weight planned for; sums and int8 scales follow it
   int64_t groups = 0;
   int64_t group_parts = 0;    // activation blocks in one group (1 unless kInt8)
   bool with_sums = false;
-  const void* data = nullptr; // [planes][rows] rows, row_stride elements apart
-  int64_t row_stride = 0, plane_stride = 0;
+  const void* data = nullptr; // rows, row_stride elements apart
+  int64_t row_stride = 0;
   float* sums = nullptr;      // [rows][groups * group_parts]: sums of x (kInt8: as rounded) when with_sums
   float* scales = nullptr;    // kInt8: likewise, what an int8 code stands for
   int32_t implied = 0;        // kInt8: the implied zero point planned for

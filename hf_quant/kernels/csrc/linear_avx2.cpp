@@ -1,4 +1,4 @@
-// AVX2 and FMA: float32 products of decoded codes, and int8 products with maddubs on 4-bit fields, which cannot overflow.
+// AVX2 and FMA: float32 products of decoded codes; int8 products with maddubs on 4-bit fields, which cannot overflow.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -198,7 +198,8 @@ HFQ_INLINE __m256i dot4(__m256i nibbles, __m256i x) {
 
 // int32 sums of `blocks` blocks for 8 of the rows of a tile (half: 0 or 1) and MR rows of x.
 template <int MR, int BITS>
-HFQ_INLINE void int8_blocks(const uint8_t* codes, int half, int64_t blocks, const int8_t* x, int64_t stride, __m256i* acc) {
+HFQ_INLINE void int8_blocks(const uint8_t* codes, int half, int64_t blocks, const int8_t* x, int64_t stride,
+                            __m256i* acc) {
   const __m256i nibble = _mm256_set1_epi8(0x0f);
   __m256i sixteens[MR];  // of the high nibbles of 8-bit codes
   for (int m = 0; m < MR; ++m) sixteens[m] = _mm256_setzero_si256();

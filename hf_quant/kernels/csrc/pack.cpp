@@ -55,7 +55,9 @@ void pack_tile(const Repack& p, int64_t tile) {
         if (columns == 8) {
           u = row[0] | row[1] << 8 | row[2] << 16 | static_cast<uint32_t>(row[3]) << 24;
         } else {
-          for (int64_t k = 0; k < columns; ++k) u |= static_cast<uint32_t>((row[k / 2] >> (4 * (k % 2))) & 15) << (4 * k);
+          for (int64_t k = 0; k < columns; ++k) {
+            u |= static_cast<uint32_t>((row[k / 2] >> (4 * (k % 2))) & 15) << (4 * k);
+          }
         }
         const uint32_t v = to_block4(u);
         for (int k = 0; k < 4; ++k) to[4 * r + k] = static_cast<uint8_t>(v >> (8 * k));
