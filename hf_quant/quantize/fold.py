@@ -24,7 +24,7 @@ from hf_quant.plan import PlannedLayer
 from hf_quant.quantize.contracts import Weights
 from hf_quant.quantize.fold_sites import Site, find_sites
 from hf_quant.quantize.gptq import held_out_loss
-from hf_quant.quantize.streams import Stream, explained, watched
+from hf_quant.quantize.streams import Stream, explained, uncached, watched
 
 SAMPLES = 6  # that decide, a third of them as held-out ones
 POWERS = (1.0, 0.0)  # of the inverse size of a column: all or nothing
@@ -189,14 +189,10 @@ class _Choice:
         chosen: dict[str, float] = {}
         if len(self.samples) < 2 or not self.sites:
             return chosen
-        config: Any = getattr(self.model, "config", None)
-        cached = getattr(config, "use_cache", None)
         rank = {name: index for index, name in enumerate(self.layers)}
         streams: list[Stream] = []
         try:
-            if cached is not None:
-                config.use_cache = False
-            with watched(self.model, self.layers), explained(self.model, source):
+            with uncached(self.model), watched(self.model, self.layers), explained(self.model, source):
                 streams = [Stream(self._forward(sample)) for sample in self.samples]
                 for stream in streams:
                     stream.advance()
@@ -216,8 +212,6 @@ class _Choice:
         finally:
             for stream in streams:
                 stream.close()
-            if cached is not None:
-                config.use_cache = cached
         return chosen
 
     def _forward(self, sample: Mapping[str, torch.Tensor]) -> Callable[[], None]:

@@ -23,12 +23,10 @@ from hf_quant.nn.forwards import replaced_forwards
 from hf_quant.plan import PlannedLayer
 from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.contracts import Weights
-from hf_quant.quantize.streams import Stream, explained, watched
+from hf_quant.quantize.streams import Stream, explained, uncached, watched
 
 CANCELLED = 1e-3  # share of the effect of a trial's factors that may remain once they are taken back
-HELD = (
-    0.01  # relative difference of a layer's inputs, all sites tried at once: rounding grows with depth
-)
+HELD = 0.01  # relative difference of a layer's inputs, all sites tried at once: rounding grows with depth
 LOUD = 2.0**10  # a pair also has to hold with values so much larger, which a clamp (of clip_qkv, say) would cut off
 TOKENS = 64  # of a text, for a trial
 _SIGMA = 0.5  # of the logarithm of a trial's factors
@@ -117,7 +115,7 @@ def _failing(
     moved = {name: value.to(device) for name, value in sample.items()}
     plain, folded = (Stream(lambda: model(**moved)) for _ in range(2))
     try:
-        with _uncached(model), watched(model, layers):
+        with uncached(model), watched(model, layers):
             plain.advance()
             with _divided(norms):
                 folded.advance()
@@ -160,20 +158,6 @@ def _divided(norms: Iterable[tuple[nn.Module, Site, torch.Tensor]]) -> Iterator[
             parameter.data = data
 
 
-@contextmanager
-def _uncached(model: nn.Module) -> Iterator[None]:
-    """Inside, the model keeps no keys and values."""
-    config: Any = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    try:
-        if cached is not None:
-            config.use_cache = False
-        yield
-    finally:
-        if cached is not None:
-            config.use_cache = cached
-
-
 def _calls(
     model: nn.Module,
     layers: Mapping[str, PlannedLayer],
@@ -197,7 +181,7 @@ def _calls(
     device = next(model.parameters()).device
     stream = Stream(lambda: model(**{name: value.to(device) for name, value in sample.items()}))
     try:
-        with _uncached(model), watched(model, layers):
+        with uncached(model), watched(model, layers):
             stream.advance()
             while stream.layer is not None and wanted - found.keys():
                 assert stream.inputs is not None

@@ -26,7 +26,7 @@ from hf_quant.plan import Plan
 from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.contracts import Weights
 from hf_quant.quantize.distill import ScaledLayer, multiplies_bfloat16
-from hf_quant.quantize.streams import BlockCall, Stream, explained, pausing_blocks
+from hf_quant.quantize.streams import BlockCall, Stream, explained, pausing_blocks, uncached
 from hf_quant.tensor import QuantizedTensor
 
 HELD_OUT = 8  # one batch of so many decides, and is not trained on
@@ -107,7 +107,10 @@ class _Reconstructor:
         steps: int,
         progress: Callable[[Reconstruction], None],
     ) -> None:
-        self.model, self.data, self.weights, self.tensor = model, data, weights, tensor
+        self.model, self.weights, self.tensor, self.source = model, weights, tensor, data.source
+        self.batches = list(data.batches)
+        if len(self.batches) == 1 and data.samples > 1:  # or nothing could be held out
+            self.batches = [part.batches[0] for part in data.split(max(1, data.samples // HELD_OUT))]
         self.keep, self.finished, self.steps, self.progress = keep, finished, steps, progress
         self.layers = {layer.name: layer for layer in plan.quantized}
         self.blocks = find_blocks(model, list(self.layers))
@@ -119,18 +122,15 @@ class _Reconstructor:
     def run(self) -> None:
         inside = {name for block in self.blocks for name in block.layers}
         outside = {name for name in self.layers if name not in inside}
-        config: Any = getattr(self.model, "config", None)
-        cached = getattr(config, "use_cache", None)
         pairs: list[_Pair] = []
         try:
-            if cached is not None:
-                config.use_cache = False
             with (
                 torch.no_grad(),
+                uncached(self.model),
                 self._using({name: self._either(name) for name in outside}),
                 pausing_blocks(self.model, [block.name for block in self.blocks]),
             ):
-                pairs = [self._pair(batch) for batch in self.data.batches]
+                pairs = [self._pair(batch) for batch in self.batches]
                 for pair in pairs:
                     self._advance(pair, None, None)
                 done: set[str] = set()
@@ -145,8 +145,6 @@ class _Reconstructor:
             for pair in pairs:
                 pair.exact.close()
                 pair.quantized.close()
-            if cached is not None:
-                config.use_cache = cached
 
     def _visit(self, block: Block, pairs: Sequence[_Pair], again: bool) -> None:
         """All passes that wait at a block: train it, and send them on."""
@@ -191,12 +189,17 @@ class _Reconstructor:
             layer.compute = self.narrow
         before = best = judged()
         kept: dict[str, QuantizedTensor] = {}
-        optimizer = torch.optim.Adam([layer.factor for layer in trained.values()], lr=RATE) if trained else None
+        factors = [layer.factor for layer in trained.values()]
+        optimizer = torch.optim.Adam(factors, lr=RATE) if factors else None
         look = max(1, self.steps // CHECKS)
         for step in range(self.steps if optimizer else 0):
             assert optimizer is not None
             with torch.enable_grad():
-                loss(train[step % len(train)], training).backward()
+                value = loss(train[step % len(train)], training)
+            if not value.requires_grad:
+                break  # no layer of this block was used
+            # and not for the norms and biases, which may want gradients, too
+            value.backward(inputs=factors)
             for settings in optimizer.param_groups:
                 settings["lr"] = RATE * (1 - step / self.steps)
             optimizer.step()
@@ -216,7 +219,7 @@ class _Reconstructor:
         return _Pair(Stream(lambda: self.model(**moved)), Stream(lambda: self.model(**moved)), masks)
 
     def _advance(self, pair: _Pair, exact: Any, quantized: Any) -> None:
-        with explained(self.model, self.data.source):
+        with explained(self.model, self.source):
             self.exact = True
             pair.exact.advance(exact)
             self.exact = False

@@ -28,7 +28,7 @@ from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.contracts import LayerResult, Progress, Record, Rungs, Weights
 from hf_quant.quantize.gptq import DAMPINGS, Factor, best_damping, factorize, round_weight
 from hf_quant.quantize.refit import refit_scales
-from hf_quant.quantize.streams import Residual, Stream, Trace, explained, watched
+from hf_quant.quantize.streams import Residual, Stream, Trace, explained, uncached, watched
 from hf_quant.quantize.target import Target, correct
 from hf_quant.quantize.weight import quantize_weight
 from hf_quant.tensor import QuantizedTensor
@@ -132,16 +132,13 @@ class _Walk:
         self.started = time.perf_counter()
 
     def run(self) -> list[LayerResult]:
-        cached = getattr(self.model.config, "use_cache", None)
         hooks = [
             self.model.get_submodule(block.name).register_forward_pre_hook(self._entering(block), with_kwargs=True)
             for block in self.blocks
         ]
         pairs: list[_Pair] = []
         try:
-            if cached is not None:
-                self.model.config.use_cache = False  # type: ignore[union-attr]
-            with watched(self.model, self.layers):
+            with uncached(self.model), watched(self.model, self.layers):
                 self._scout()
                 pairs = [self._pair(index) for index in range(len(self.data.batches))]
                 for pair in pairs:
@@ -158,8 +155,6 @@ class _Walk:
                 pair.quantized.close()
             for hook in hooks:
                 hook.remove()
-            if cached is not None:
-                self.model.config.use_cache = cached  # type: ignore[union-attr]
         for name in [name for name in self.layers if name not in self.done]:
             if self.record.finished(self.unit_of[name]):
                 self._count(LayerResult(name, self.layers[name].method), resumed=True)

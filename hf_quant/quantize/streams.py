@@ -108,6 +108,20 @@ def explained(model: nn.Module, source: str) -> Iterator[None]:
 
 
 @contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Inside, no part of a model keeps keys and values: a block that is called again would find those of before."""
+    configs = {id(found): found for module in model.modules() if (found := getattr(module, "config", None)) is not None}
+    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+
+
+@contextmanager
 def watched(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Inside, the named modules hand their input to whoever advances the stream that runs them."""
 

@@ -9,11 +9,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -29,88 +24,20 @@ from hf_quant.quantize.sequential import calibrate
 from hf_quant.quantize.weight import quantize_weight
 from hf_quant.tensor import QuantizedTensor
 
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MODELS: dict[str, tuple[str, type, dict[str, Any]]] = {
-    "llama": ("llama", AutoModelForCausalLM, {}),
-    "gpt2": ("gpt2", AutoModelForCausalLM, {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4}),
-    "opt": ("opt", AutoModelForCausalLM, {"ffn_dim": 128, "word_embed_proj_dim": 64}),
-    "gpt_neox": ("gpt_neox", AutoModelForCausalLM, {}),
-    "gemma2": ("gemma2", AutoModelForCausalLM, {"head_dim": 16}),
-    "bert": ("bert", AutoModel, {}),
-    "albert": ("albert", AutoModel, {"embedding_size": 32, "num_hidden_layers": 3}),
-    "t5": (
-        "t5",
-        AutoModelForSeq2SeqLM,
-        {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
-    ),
-    "whisper": (
-        "whisper",
-        AutoModelForSpeechSeq2Seq,
-        {
-            "d_model": 64,
-            "encoder_layers": 2,
-            "decoder_layers": 1,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 128,
-            "decoder_ffn_dim": 128,
-            "num_mel_bins": 16,
-            "max_source_positions": 32,
-            "max_target_positions": 32,
-            "decoder_start_token_id": 1,
-        },
-    ),
-    "vit": ("vit", AutoModel, {"image_size": 32, "patch_size": 8}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        AutoModelForCausalLM,
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16},
-    ),
-    "mixtral": ("mixtral", AutoModelForCausalLM, {"num_local_experts": 4, "head_dim": 16}),
-}
-
-
-def build(name: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    kind, auto, settings = MODELS[name]
-    torch.manual_seed(seed)
-    model = auto.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings, **changes}), dtype=torch.float32)
-    # initial weights are so small that no layer says anything; and outputs that differ from each other
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data.mul_(3)
-    return model.eval()
-
-
-def batches(name: str, count: int = 8, size: int = 2, length: int = 16, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(count):
-        ids = torch.randint(3, 128, (size, length), generator=generator)
-        if name == "vit":
-            made.append({"pixel_values": torch.randn(size, 3, 32, 32, generator=generator)})
-        elif name == "whisper":
-            features = torch.randn(size, 16, 64, generator=generator)
-            made.append({"input_features": features, "decoder_input_ids": ids[:, :12]})
-        elif name == "t5":
-            made.append({"input_ids": ids, "decoder_input_ids": ids.flip(1)[:, :12]})
-        else:
-            made.append({"input_ids": ids})
-    return made
-
-
-def data(name: str = "llama", **options: Any) -> CalibrationData:
-    return CalibrationData.make(batches(name, **options), "numbers", 0)
+MODELS = (
+    "llama",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "gemma2",
+    "bert",
+    "albert",
+    "t5",
+    "whisper",
+    "vit",
+    "qwen3_moe",
+    "mixtral",
+)
 
 
 class Memory:
@@ -144,29 +71,6 @@ def walk(
     return record, calibrate(model, plan, samples, ModelWeights(model), record, **options)
 
 
-def output(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        found = model(**batch)
-    return found.logits if "logits" in found else found.last_hidden_state
-
-
-def error(model: PreTrainedModel, tensors: dict[str, QuantizedTensor], fresh: list[dict[str, torch.Tensor]]) -> float:
-    """Squared error of the model's outputs, its layers having these weights meanwhile."""
-    exact = [output(model, batch) for batch in fresh]
-    kept = {}
-    for name, tensor in tensors.items():
-        layer = model.get_submodule(name)
-        kept[name] = layer.weight.data
-        value = tensor.dequantize()
-        layer.weight.data = value.t().contiguous() if type(layer).__name__ == "Conv1D" else value
-    try:
-        found = [output(model, batch) for batch in fresh]
-    finally:
-        for name, value in kept.items():
-            model.get_submodule(name).weight.data = value
-    return sum(float((a - b).square().sum()) for a, b in zip(exact, found, strict=True))
-
-
 def data_free(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
     weights = ModelWeights(model)
     plan = make_plan(model, HfQuantConfig(method="search"))
@@ -174,11 +78,11 @@ def data_free(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layer_comes_out_and_better_than_without_data(name: str) -> None:
-    model = build(name)
+def test_every_layer_comes_out_and_better_than_without_data(name: str, model_of, data_of, batches_of, error_of) -> None:
+    model = model_of(name)
     steps: list[Progress] = []
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    record, results = walk(model, data(name), progress=steps.append)
+    record, results = walk(model, data_of(name), progress=steps.append)
     plan = make_plan(model, HfQuantConfig(method="gptq"))
     names = [layer.name for layer in plan.quantized]
     assert sorted(record.tensors) == sorted(names) == sorted(result.name for result in results)
@@ -196,8 +100,8 @@ def test_every_layer_comes_out_and_better_than_without_data(name: str) -> None:
     calibrated = [result for result in results if result.method == "gptq"]
     assert len(calibrated) > len(results) / 2
     # and it is true on data that nobody saw
-    fresh = batches(name, count=4, seed=99)
-    assert error(model, record.tensors, fresh) < error(model, data_free(model), fresh)
+    fresh = batches_of(name, count=4, seed=99)
+    assert error_of(model, record.tensors, fresh) < error_of(model, data_free(model), fresh)
     # the model is as it was
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any("forward" in vars(module) for module in model.modules())
@@ -205,45 +109,45 @@ def test_every_layer_comes_out_and_better_than_without_data(name: str) -> None:
     assert getattr(model.config, "use_cache", True) is True
 
 
-def test_fused_experts_stay_in_float() -> None:
+def test_fused_experts_stay_in_float(model_of) -> None:
     for name in ("qwen3_moe", "mixtral"):
-        model = build(name)
+        model = model_of(name)
         plan = make_plan(model, HfQuantConfig(method="gptq"))
         assert not any(".experts" in layer.name for layer in plan.quantized)
         assert any(".experts" in layer.name for layer in plan.kept)
 
 
-def test_a_layer_that_is_used_again_and_again_is_quantized_once() -> None:
-    model = build("albert", num_hidden_layers=6)
+def test_a_layer_that_is_used_again_and_again_is_quantized_once(model_of, data_of, batches_of, error_of) -> None:
+    model = model_of("albert", num_hidden_layers=6)
     steps: list[Progress] = []
-    record, results = walk(model, data("albert"), progress=steps.append)
+    record, results = walk(model, data_of("albert"), progress=steps.append)
     assert len({step.result.name for step in steps}) == len(steps) == len(record.tensors)
     # its statistics are those of the first pass through it
     assert all(step.result.tokens == 8 * 2 * 16 for step in steps if "albert_layers" in step.result.name)
     # it is not aimed at making up for what comes before the first pass: the other passes would make it up again
     assert all(result.gain == 0 for result in results if "albert_layers" in result.name)
-    fresh = batches("albert", count=4, seed=99)
-    assert error(model, record.tensors, fresh) < 0.9 * error(model, data_free(model), fresh)
+    fresh = batches_of("albert", count=4, seed=99)
+    assert error_of(model, record.tensors, fresh) < 0.9 * error_of(model, data_free(model), fresh)
 
 
-def test_units_are_handed_over_block_by_block() -> None:
-    record, results = walk(build(), data())
+def test_units_are_handed_over_block_by_block(model_of, data_of) -> None:
+    record, results = walk(model_of(), data_of())
     assert list(record.units) == ["model.layers.0", "model.layers.1"]
     assert [result.name for result in results] == list(record.tensors)
     assert record.reports == {result.name: result for result in results}
 
 
-def test_deterministic() -> None:
-    (first, _), (second, _) = (walk(build(), data()) for _ in range(2))
+def test_deterministic(model_of, data_of) -> None:
+    (first, _), (second, _) = (walk(model_of(), data_of()) for _ in range(2))
     for name, tensor in first.tensors.items():
         assert all(torch.equal(a, b) for a, b in zip(tensor.tensors(), second.tensor(name).tensors(), strict=True))
 
 
-def test_what_is_recorded_is_not_done_again_and_the_rest_comes_out_the_same() -> None:
-    whole, results = walk(build(), data())
+def test_what_is_recorded_is_not_done_again_and_the_rest_comes_out_the_same(model_of, data_of) -> None:
+    whole, results = walk(model_of(), data_of())
     steps: list[Progress] = []
     half = Memory({"model.layers.0": whole.units["model.layers.0"]})
-    record, again = walk(build(), data(), record=half, progress=steps.append)
+    record, again = walk(model_of(), data_of(), record=half, progress=steps.append)
     assert [step.resumed for step in steps] == [True] * 7 + [False] * 7
     assert again[7:] == results[7:]
     assert all(
@@ -257,11 +161,11 @@ def test_what_is_recorded_is_not_done_again_and_the_rest_comes_out_the_same() ->
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "bert"])
-def test_padding_says_nothing(name: str) -> None:
+def test_padding_says_nothing(name: str, model_of, batches_of) -> None:
     """Statistics of padded rows are those of the rows without their padding."""
     seen: list[dict[str, tuple[int, torch.Tensor]]] = []
     lengths = [16, 9, 12, 5]
-    rows = batches(name, count=1, size=4)[0]["input_ids"]
+    rows = batches_of(name, count=1, size=4)[0]["input_ids"]
     plain = [
         {"input_ids": rows[i : i + 1, :n], "attention_mask": torch.ones(1, n, dtype=torch.int64)}
         for i, n in enumerate(lengths)
@@ -281,7 +185,7 @@ def test_padding_says_nothing(name: str) -> None:
 
         sequential.factorize = spy
         try:
-            model = build(name)
+            model = model_of(name)
             # codes that hardly change anything: both runs see the same quantized inputs
             config = HfQuantConfig(method="gptq", bits=8, group_size=64)
             _, results = walk(model, CalibrationData.make(these, "padded", 0), config)
@@ -298,20 +202,20 @@ def test_padding_says_nothing(name: str) -> None:
             torch.testing.assert_close(other[layer][1], hessian, rtol=0, atol=0.02 * scale, msg=layer)
 
 
-def test_one_batch_is_enough() -> None:
-    model = build()
-    for samples in (data(count=1, size=8), data(count=1, size=1, length=48)):
+def test_one_batch_is_enough(model_of, data_of) -> None:
+    model = model_of()
+    for samples in (data_of(count=1, size=8), data_of(count=1, size=1, length=48)):
         record, results = walk(model, samples)
         assert len(record.tensors) == 14
         assert {result.tokens for result in results} == {samples.tokens}
         assert {result.method for result in results} == {"gptq"}
 
 
-def test_too_few_tokens_are_not_trusted() -> None:
-    record, results = walk(build(), data(count=2, size=1, length=8))
+def test_too_few_tokens_are_not_trusted(model_of, data_of) -> None:
+    record, results = walk(model_of(), data_of(count=2, size=1, length=8))
     assert {result.method for result in results} == {"search"}
     assert all("only 16 calibration tokens" in result.note and result.error is None for result in results)
-    expected = data_free(build())
+    expected = data_free(model_of())
     assert all(torch.equal(record.tensor(name).packed, tensor.packed) for name, tensor in expected.items())
 
 
@@ -362,10 +266,10 @@ def _routed() -> PreTrainedModel:
     return model.eval()
 
 
-def test_an_expert_that_no_token_reached_is_quantized_without_data() -> None:
+def test_an_expert_that_no_token_reached_is_quantized_without_data(data_of) -> None:
     model = _routed()
     steps: list[Progress] = []
-    record, results = walk(model, data(), progress=steps.append)
+    record, results = walk(model, data_of(), progress=steps.append)
     found = {result.name: result for result in results}
     assert len(found) == len(record.tensors) == len(steps) == 8
     for block in range(2):
@@ -377,10 +281,10 @@ def test_an_expert_that_no_token_reached_is_quantized_without_data() -> None:
     assert [step.done for step in steps] == list(range(1, 9))
 
 
-def test_a_record_with_idle_experts_is_resumed_and_counted() -> None:
-    whole, _ = walk(_routed(), data())
+def test_a_record_with_idle_experts_is_resumed_and_counted(data_of) -> None:
+    whole, _ = walk(_routed(), data_of())
     steps: list[Progress] = []
-    walk(_routed(), data(), record=Memory(whole.units), progress=steps.append)
+    walk(_routed(), data_of(), record=Memory(whole.units), progress=steps.append)
     assert len(steps) == 8 and all(step.resumed for step in steps)
 
 
@@ -388,9 +292,9 @@ def test_a_record_with_idle_experts_is_resumed_and_counted() -> None:
 
 
 @pytest.mark.parametrize("when", ["progress", "model", "record"])
-def test_the_model_is_as_it_was_also_after_an_exception(when: str) -> None:
-    model = build()
-    before = output(model, batches("llama")[0])
+def test_the_model_is_as_it_was_also_after_an_exception(when: str, model_of, data_of, batches_of, output_of) -> None:
+    model = model_of()
+    before = output_of(model, batches_of("llama")[0])
 
     class Stop(Exception):
         pass
@@ -404,24 +308,24 @@ def test_the_model_is_as_it_was_also_after_an_exception(when: str) -> None:
             raise Stop
 
     options: dict[str, Any] = {"progress": stop} if when == "progress" else {}
-    samples = data()
+    samples = data_of()
     if when == "record":
         options["record"] = Failing()
     if when == "model":
-        samples = CalibrationData.make([*batches("llama"), {"input_ids": torch.full((2, 16), 500)}], "numbers", 0)
+        samples = CalibrationData.make([*batches_of("llama"), {"input_ids": torch.full((2, 16), 500)}], "numbers", 0)
     with pytest.raises(CalibrationError if when == "model" else Stop):
         walk(model, samples, **options)
     assert model.config.use_cache is True
     assert not any("forward" in vars(module) for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert torch.equal(output(model, batches("llama")[0]), before)
+    assert torch.equal(output_of(model, batches_of("llama")[0]), before)
 
 
-def test_values_that_are_not_finite_are_named() -> None:
-    model = build()
+def test_values_that_are_not_finite_are_named(model_of, data_of) -> None:
+    model = model_of()
     model.model.layers[1].input_layernorm.weight.data[5] = float("inf")
     with pytest.raises(CalibrationError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj .*not finite"):
-        walk(model, data())
+        walk(model, data_of())
 
 
 @pytest.mark.parametrize(
@@ -432,12 +336,14 @@ def test_values_that_are_not_finite_are_named() -> None:
         ({"nonsense": torch.zeros(2, 3)}, "LlamaForCausalLM does not run"),
     ],
 )
-def test_data_that_does_not_fit_is_a_typed_error(batch: dict[str, torch.Tensor], message: str) -> None:
+def test_data_that_does_not_fit_is_a_typed_error(batch: dict[str, torch.Tensor], message: str, model_of) -> None:
     with pytest.raises(CalibrationError, match=message):
-        walk(build(), CalibrationData.make([batch], "numbers", 0))
+        walk(model_of(), CalibrationData.make([batch], "numbers", 0))
 
 
-def test_a_residual_that_is_not_there_costs_accuracy_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_residual_that_is_not_there_costs_accuracy_only(
+    monkeypatch: pytest.MonkeyPatch, model_of, data_of, batches_of, error_of
+) -> None:
     """SmolLM3 leaves rotary embeddings out in some layers: there, the stream is not known, and not guessed."""
     lost: list[set[str]] = []
     original: Callable[..., Any] = sequential._Walk.run
@@ -448,17 +354,10 @@ def test_a_residual_that_is_not_there_costs_accuracy_only(monkeypatch: pytest.Mo
         return result
 
     monkeypatch.setattr(sequential._Walk, "run", run)
-    MODELS["smollm3"] = (
-        "smollm3",
-        AutoModelForCausalLM,
-        {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "layer_types": ["full_attention"] * 4},
-    )
-    try:
-        model = build("smollm3")
-    finally:
-        del MODELS["smollm3"]
-    record, _ = walk(model, data())
+    layers = {"no_rope_layers": [1, 0, 1, 0], "layer_types": ["full_attention"] * 4}
+    model = model_of("smollm3", num_hidden_layers=4, **layers)
+    record, _ = walk(model, data_of())
     leaves = ("self_attn.o_proj", "mlp.down_proj")
     assert lost == [{f"model.layers.{block}.{leaf}" for block in (1, 3) for leaf in leaves}]
-    fresh = batches("llama", count=4, seed=99)
-    assert error(model, record.tensors, fresh) < error(model, data_free(model), fresh)
+    fresh = batches_of("llama", count=4, seed=99)
+    assert error_of(model, record.tensors, fresh) < error_of(model, data_free(model), fresh)
