@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
@@ -19,6 +20,7 @@ VARIABLE = "HF_QUANT_NATIVE"
 OFF = "off"
 VARIANTS = ("avx512", "avx2", "portable")
 ABI = 2
+_OMP_PAUSE_HARD = 2
 PATH = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of activations, biases, outputs and scales
 
@@ -135,6 +137,7 @@ def _load() -> tuple[Functions | None, str | None]:
         )
     if status := found.status():
         return None, f"{found.error(status).decode()} ({VARIABLE}={wanted})"
+    _survive_fork(library)
     return found, None
 
 
@@ -152,3 +155,14 @@ def _why_not_built() -> str:
     if build.compiler() is None:
         return f"it is not compiled, and there is no C++ compiler here (install one, such as g++, and {again})"
     return f"it was not compiled when hf-quant was installed ({again})"
+
+
+def _survive_fork(library: ctypes.CDLL) -> None:
+    """Let go of OpenMP's threads before a fork: GNU's waits forever in a child for those that only its parent has.
+
+    That is so for torch's own operators, too. The next parallel call starts threads again.
+    """
+    pause = getattr(library, "omp_pause_resource_all", None) if sys.platform == "linux" else None
+    if pause is not None and hasattr(os, "register_at_fork"):
+        pause.restype, pause.argtypes = c_int32, (c_int32,)
+        os.register_at_fork(before=lambda: pause(_OMP_PAUSE_HARD))
