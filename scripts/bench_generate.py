@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_accuracy import default_model, fill_between  # type: ignore[import-not-found]
 from bench_peers import PeerError, llama_cpp, make_environment  # type: ignore[import-not-found]
+from measuring import default_model, fill_between, label_of  # type: ignore[import-not-found]
 from rich.console import Console
 from speed_peers import report  # type: ignore[import-not-found]
 from speed_peers.contenders import ENVIRONMENTS, OURS, Contender, contenders  # type: ignore[import-not-found]
@@ -287,8 +287,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write, draw, and say which rows failed."""
     arguments = parse()
-    label = "SmolLM2-135M-Instruct" if arguments.model is None else arguments.model.resolve().name
-    arguments.label = arguments.label or label
+    arguments.label = arguments.label or label_of(arguments.model)
     arguments.envs.mkdir(parents=True, exist_ok=True)
     data = opened(arguments)
     start = time.perf_counter()

@@ -132,6 +132,10 @@ def make_environment(name: str, packages: tuple[str, ...], envs: Path) -> Path:
             # It compiles its packing code on first use (minutes), which is no part of quantizing.
             compile_it = "from gptqmodel.utils import cpp; cpp.load_pack_block_extension()"
             checked([str(python), "-c", compile_it], "compiling GPTQModel's extension")
+        if name == "openvino":
+            # optimum-intel asks for torchvision and does without; its wheel does not load beside a CPU build of torch.
+            uninstall = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"]
+            checked(uninstall, "pip uninstall torchvision")
         ready.write_text(json.dumps(wanted), encoding="utf-8")
     return python
 
