@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import logging
 import re
 import sys
@@ -32,25 +31,33 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
+from measuring import (  # type: ignore[import-not-found]
+    BOOTSTRAP_SAMPLES,
+    built_in_windows,
+    default_model,
+    float_answers,
+    float_model,
+    label_of,
+    measure,
+    publish,
+    record,
+    recorded,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import hf_quant
 from hf_quant import HfQuantConfig
-from hf_quant.checkpoint import atomic_write
 from hf_quant.evaluation import environment
 from hf_quant.evaluation.bootstrap import Bootstrap
-from hf_quant.evaluation.divergence import Reference, compare, run_reference
 from hf_quant.evaluation.progress import Stages
 from hf_quant.evaluation.sources import quiet_loading
 from hf_quant.evaluation.stream import LogitStream
 from hf_quant.evaluation.table import markdown_table
-from hf_quant.evaluation.text import BUILT_IN, cut_windows, load_text
+from hf_quant.evaluation.text import BUILT_IN
 
 TIE = 2.0  # percent
 OURS = "hf-quant"
 LOST = 3  # exit code
-BOOTSTRAP_SAMPLES = 10_000
 _MARKS = ("<!-- table:accuracy -->", "<!-- /table:accuracy -->")
 # What a reader of the README chooses between; the whole table is in the JSON and Markdown files.
 _SHORT = (
@@ -154,24 +161,6 @@ def stored_bits(model: torch.nn.Module) -> float:
     return bits / weights
 
 
-def measure(references: dict[str, Reference], stream: LogitStream, seed: int, advance: Any) -> dict[str, Any]:
-    """The figures of one model on every text."""
-    found = {}
-    for name, reference in references.items():
-        divergence = compare(reference, stream, advance)
-        summary = divergence.summary(Bootstrap(len(reference.ids), BOOTSTRAP_SAMPLES, seed))
-        found[name] = {
-            "kl": summary.kl.model_dump(),
-            "kl_of_windows": divergence.kl.mean(axis=1).tolist(),
-            "kl_p99": divergence.kl_p99,
-            "perplexity_float": summary.perplexity_reference.model_dump(),
-            "perplexity": summary.perplexity_model.model_dump(),
-            "perplexity_increase_percent": summary.perplexity_increase_percent.model_dump(),
-            "top1_agreement": summary.top1_agreement.model_dump(),
-        }
-    return found
-
-
 def compare_with_baselines(table: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """Adds ``change`` to our rows: per text, in percent, KL against that of the best baseline of the same layout."""
     for row in table:
@@ -258,23 +247,6 @@ def _notes(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def fill_between(path: Path, lines: list[str], marks: tuple[str, str]) -> None:
-    """Replace what stands between the marks of a Markdown file."""
-    text = path.read_text(encoding="utf-8")
-    before, opening, rest = text.partition(marks[0])
-    _, closing, after = rest.partition(marks[1])
-    if not opening or not closing:
-        sys.exit(f"{path} has no {marks[0]} ... {marks[1]}")
-    atomic_write(path, f"{before}{opening}\n" + "\n".join(lines) + f"\n{closing}{after}")
-
-
-def default_model() -> Path:
-    """The demo's float SmolLM2 (built on first use)."""
-    from hf_quant import demo
-
-    return demo.float_checkpoint()
-
-
 def run(arguments: argparse.Namespace, label: str) -> dict[str, Any]:
     """Measure every row that the JSON file lacks."""
     model: Path = arguments.model
@@ -286,18 +258,10 @@ def run(arguments: argparse.Namespace, label: str) -> dict[str, Any]:
         "seed": arguments.seed,
         "hf_quant": hf_quant.__version__,
     }
-    done: dict[str, dict[str, Any]] = {}
-    if arguments.json and arguments.json.is_file():
-        before = json.loads(arguments.json.read_text(encoding="utf-8"))
-        if {key: before.get(key) for key in protocol} != protocol:
-            sys.exit(f"{arguments.json} holds figures of another protocol: remove it or name another file")
-        done = {row["key"]: row for row in before["rows"]}
+    done = recorded(arguments.json, protocol)
     wanted = [row for row in rows() if re.search(arguments.only, row.key)]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    cuts = {
-        name: cut_windows(load_text(name), tokenizer, arguments.windows, arguments.length, arguments.seed)
-        for name in BUILT_IN
-    }
+    cuts = built_in_windows(tokenizer, arguments.windows, arguments.length, arguments.seed)
     data = {
         **protocol,
         "digests": {name: cut.text.sha256 for name, cut in cuts.items()},
@@ -314,11 +278,10 @@ def run(arguments: argparse.Namespace, label: str) -> dict[str, Any]:
     steps = arguments.windows * len(cuts)
     with Stages(not arguments.quiet) as stages, quiet_loading():
         if missing or "bfloat16 | float" not in done:
-            stream = LogitStream(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), "float")
             with stages.stage("float model", steps) as advance:
-                references = {name: run_reference(stream, cut.ids, advance) for name, cut in cuts.items()}
+                references = float_answers(model, cuts, advance)
         if "bfloat16 | float" not in done:
-            narrow = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+            narrow = float_model(model, torch.bfloat16)
             with stages.stage("noise floor (bfloat16)", steps) as advance:
                 texts = measure(references, LogitStream(narrow, "bfloat16"), arguments.seed, advance)
             done["bfloat16 | float"] = {
@@ -346,8 +309,7 @@ def run(arguments: argparse.Namespace, label: str) -> dict[str, Any]:
             }
             del candidate
             gc.collect()
-            if arguments.json:
-                atomic_write(arguments.json, json.dumps({**data, "rows": table()}, indent=1) + "\n")
+            record(arguments.json, {**data, "rows": table()})
     return {**data, "rows": table()}
 
 
@@ -368,16 +330,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one warning per layer and window otherwise
     hf_quant.disable()  # the rows of bitsandbytes run on stock transformers
-    label = arguments.label or ("SmolLM2-135M-Instruct" if arguments.model is None else arguments.model.resolve().name)
+    label = arguments.label or label_of(arguments.model)
     arguments.model = arguments.model or default_model()
     start = time.perf_counter()
     data = run(arguments, label)
-    lines = full_table(data)
-    if arguments.markdown:
-        atomic_write(arguments.markdown, "\n".join(lines) + "\n")
-    if arguments.fill:
-        fill_between(arguments.fill, short_table(data), _MARKS)
-    Console(width=10_000, soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
+    publish(full_table(data), arguments.markdown, arguments.fill, _MARKS, short_table(data))
     lost = [
         row["key"]
         for row in data["rows"]

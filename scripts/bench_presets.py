@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import subprocess
 import sys
@@ -27,18 +26,24 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 import transformers
-from bench_accuracy import default_model, fill_between, measure  # type: ignore[import-not-found]
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from measuring import (  # type: ignore[import-not-found]
+    built_in_windows,
+    default_model,
+    float_answers,
+    label_of,
+    measure,
+    publish,
+    record,
+    recorded,
+)
+from transformers import AutoTokenizer
 
 import hf_quant
-from hf_quant.checkpoint import atomic_write
 from hf_quant.evaluation import environment
-from hf_quant.evaluation.divergence import run_reference
 from hf_quant.evaluation.sources import quiet_loading
 from hf_quant.evaluation.stream import LogitStream
 from hf_quant.evaluation.table import markdown_table
-from hf_quant.evaluation.text import BUILT_IN, cut_windows, load_text
+from hf_quant.evaluation.text import BUILT_IN
 
 _MARKS = ("<!-- table:presets -->", "<!-- /table:presets -->")
 _TEXT = ("--calibration", "docs+prose")
@@ -131,7 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     model: Path = arguments.model or default_model()
-    label = arguments.label or ("SmolLM2-135M-Instruct" if arguments.model is None else model.resolve().name)
+    label = arguments.label or label_of(arguments.model)
     protocol = {
         "model": label,
         "texts": list(BUILT_IN),
@@ -140,12 +145,7 @@ def main() -> None:
         "seed": arguments.seed,
         "threads": torch.get_num_threads(),
     }
-    done: dict[str, dict[str, Any]] = {}
-    if arguments.json and arguments.json.is_file():
-        before = json.loads(arguments.json.read_text(encoding="utf-8"))
-        if {key: before.get(key) for key in protocol} != protocol:
-            sys.exit(f"{arguments.json} holds figures of another protocol: remove it or name another file")
-        done = {row["key"]: row for row in before["rows"]}
+    done = recorded(arguments.json, protocol)
     missing = [row for row in rows() if re.search(arguments.only, row.key) and row.key not in done]
     data = {**protocol, "hf_quant": hf_quant.__version__, "environment": environment.describe().model_dump()}
     order = [row.key for row in rows()]
@@ -163,20 +163,12 @@ def main() -> None:
             seconds, peak = run([*command, *flags])
             if references is None:
                 tokenizer = AutoTokenizer.from_pretrained(model)
-                stream = LogitStream(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), "float")
-                references = {
-                    name: run_reference(
-                        stream,
-                        cut_windows(
-                            load_text(name), tokenizer, arguments.windows, arguments.length, arguments.seed
-                        ).ids,
-                    )
-                    for name in BUILT_IN
-                }
+                cuts = built_in_windows(tokenizer, arguments.windows, arguments.length, arguments.seed)
+                references = float_answers(model, cuts)
             found = hf_quant.load(target, dtype=torch.float32, kernel="reference")
             bits = found.config.hf_quant["bits_per_weight"]
             found = found.dequantize().to(torch.float32).eval()
-            texts = measure(references, LogitStream(found, row.key), arguments.seed, None)
+            texts = measure(references, LogitStream(found, row.key), arguments.seed)
             size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
             done[row.key] = {
                 "key": row.key,
@@ -193,15 +185,9 @@ def main() -> None:
             del found
             gc.collect()
             data["rows"] = sorted(done.values(), key=lambda entry: order.index(entry["key"]))
-            if arguments.json:
-                atomic_write(arguments.json, json.dumps(data, indent=1) + "\n")
+            record(arguments.json, data)
     data["rows"] = sorted(done.values(), key=lambda entry: order.index(entry["key"]))
-    lines = table(data)
-    if arguments.markdown:
-        atomic_write(arguments.markdown, "\n".join(lines) + "\n")
-    if arguments.fill:
-        fill_between(arguments.fill, lines, _MARKS)
-    Console(width=10_000, soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
+    publish(table(data), arguments.markdown, arguments.fill, _MARKS)
 
 
 if __name__ == "__main__":

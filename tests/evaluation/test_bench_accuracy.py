@@ -19,7 +19,9 @@ def bench():
     spec = importlib.util.spec_from_file_location("bench_accuracy", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench_accuracy"] = module
+    sys.path.insert(0, str(SCRIPT.parent))  # where it imports from when it is run
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     yield module
     del sys.modules["bench_accuracy"]
 

@@ -21,6 +21,7 @@ from hf_quant.checkpoint import read_manifest
 from hf_quant.errors import CalibrationError, CheckpointError, ConfigError, OutputExistsError, WeightError
 from hf_quant.integrations.calibrated import Session
 from hf_quant.integrations.shell import Absent, FileWeights, ModelWeights, open_shell
+from hf_quant.nn.forwards import StandIn
 from hf_quant.nn.swap import quantized_modules
 from hf_quant.plan import make_plan
 
@@ -137,7 +138,8 @@ def test_in_memory_as_from_files(dtype: torch.dtype, tiny_checkpoint, text: Path
     assert same_layers(inner, outer)
     assert torch.equal(logits(inner.eval()), logits(outer))
     assert inner.config.hf_quant["data"] == outer.config.hf_quant["data"]
-    assert not any("forward" in vars(module) for module in inner.modules())
+    forwards = [vars(module)["forward"] for module in inner.modules() if "forward" in vars(module)]
+    assert all(isinstance(forward, StandIn) for forward in forwards)  # those of the kernels
 
 
 def test_calibrated_is_closer_to_the_float_model_than_data_free(tiny_llama: Path) -> None:
@@ -171,6 +173,37 @@ def test_other_architectures_and_recipes(architecture, recipe, tiny_checkpoint, 
     if architecture == "qwen3":
         methods = {row["name"]: row["method"] for row in read_manifest(tmp_path / "out").plan if row["label"]}
         assert methods["model.layers.1.mlp.down_proj"] == "absmax" and "model.layers.0.self_attn.q_proj" not in methods
+
+
+def vectors(path: Path) -> dict[str, torch.Tensor]:
+    """Norms and biases of a checkpoint."""
+    found = load_file(path / "model.safetensors")
+    return {name: value for name, value in found.items() if name.endswith((".bias", "norm.weight"))}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_folds_are_in_the_checkpoint(architecture, tiny_checkpoint, text: Path, tmp_path: Path, stock_runtime) -> None:
+    source = tiny_checkpoint(architecture)
+    exact = logits(AutoModelForCausalLM.from_pretrained(source))
+    hf_quant.enable()
+    errors = {}
+    for fold in (True, False):
+        out = tmp_path / str(fold)
+        config = balanced(text, calibration={"source": str(text), **QUICK, "fold": fold})
+        model = hf_quant.quantize(source, config, out)
+        assert same_layers(model, hf_quant.load(out)) and torch.equal(logits(model), logits(hf_quant.load(out)))
+        errors[fold] = float((logits(model) - exact).square().sum())
+        before, after = vectors(source), vectors(out)
+        assert before.keys() == after.keys()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed if fold else not changed
+        assert all(".layers." in name for name in changed)
+        hf_quant.disable()
+        stock = AutoModelForCausalLM.from_pretrained(out)
+        assert not list(quantized_modules(stock))
+        torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=0.02)
+        hf_quant.enable()
+    assert 0 < errors[True] < 2 * errors[False]
 
 
 def test_shards_give_the_same(saved, tiny_checkpoint, text: Path, tmp_path: Path) -> None:
@@ -312,6 +345,27 @@ def test_a_run_that_failed_is_resumed_where_it_stopped(saved, tiny_llama: Path, 
     assert same_layers(model, saved[0])
     rows = [[row for row in read_manifest(path).plan if row["label"]] for path in (out, saved[1])]
     assert rows[0] == rows[1]
+
+
+def test_stopped_between_blocks_it_ends_with_the_same_bytes(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step) -> None:
+        raise Stop
+
+    config = balanced(text, tuning={**TUNING, "steps": 2, "block_steps": 4})
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    blocks: list = []
+    hf_quant.quantize(tiny_llama, config, whole, session=Session(on_block=blocks.append))
+    assert [block.done for block in blocks] == [1, 2] and all(block.after <= block.before for block in blocks)
+    with pytest.raises(Stop):
+        hf_quant.quantize(tiny_llama, config, out, session=Session(on_block=stop))
+    heard: list = []
+    hf_quant.quantize(tiny_llama, config, out, session=Session(on_layer=heard.append, on_block=heard.append))
+    assert [block.block for block in heard] == ["model.layers.1"]
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_loading_attributes_do_not_make_it_another_run(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
