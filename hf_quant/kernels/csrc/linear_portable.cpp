@@ -6,7 +6,7 @@
 namespace hfq {
 namespace {
 
-constexpr int64_t kRows = 4;        // rows of x done together
+constexpr int64_t kRows = 2;        // rows of x done together: their sums take half of 16 registers
 constexpr int64_t kChunk = 128;     // columns decoded at a time: 8 KB of float32
 constexpr int kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28};  // of the nibble of column k in a row's 4 bytes
 constexpr int kByte[8] = {0, 2, 64, 66, 1, 3, 65, 67};    // of column k from a row's first byte in an 8-bit block
@@ -59,28 +59,38 @@ void decode_blocks(const hfq_weight& w, const GroupScales& s, const uint8_t* cod
   }
 }
 
+// Four lanes that gcc and clang map to the registers of any SIMD instruction set.
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+
 template <int MR>
 void float_rows(const float* panel, int64_t columns, const float* x, int64_t stride, float* totals) {
-  float acc[MR][16] = {};
+  Float4 acc[MR][4] = {};
   for (int64_t c = 0; c < columns; ++c) {
+    Float4 weights[4];
+    memcpy(weights, panel + c * 16, 64);
     for (int m = 0; m < MR; ++m) {
       const float value = x[m * stride + c];
-      for (int r = 0; r < 16; ++r) acc[m][r] += panel[c * 16 + r] * value;
+      for (int r = 0; r < 4; ++r) acc[m][r] += weights[r] * value;
     }
   }
   for (int m = 0; m < MR; ++m) {
-    for (int r = 0; r < 16; ++r) totals[m * 16 + r] += acc[m][r];
+    for (int r = 0; r < 16; ++r) totals[m * 16 + r] += acc[m][r / 4][r % 4];
   }
 }
 
 template <int MR>
-void int8_rows(const int16_t* panel, int64_t columns, const int8_t* x, int64_t stride, int32_t (*acc)[16]) {
+void int8_rows(const int32_t* panel, int64_t columns, const int8_t* x, int64_t stride, int32_t (*sums)[16]) {
+  Int4 acc[MR][4] = {};
   for (int64_t c = 0; c < columns; ++c) {
+    Int4 weights[4];
+    memcpy(weights, panel + c * 16, 64);
     for (int m = 0; m < MR; ++m) {
       const int32_t value = x[m * stride + c];
-      for (int r = 0; r < 16; ++r) acc[m][r] += panel[c * 16 + r] * value;
+      for (int r = 0; r < 4; ++r) acc[m][r] += weights[r] * value;
     }
   }
+  memcpy(sums, acc, sizeof(acc));
 }
 
 // totals: [rows][16] of the job's rows.
@@ -115,7 +125,7 @@ void int8_tile(const Job& job, int64_t tile, float* totals) {
   const Activations& a = *job.x;
   const int64_t group_blocks = group_blocks_of(w), block_bytes = 16 * w.bits, parts = a.groups * a.group_parts;
   const uint8_t* codes = w.codes + tile * tile_bytes_of(w);
-  alignas(64) int16_t panel[kInt8Block * 16];
+  alignas(64) int32_t panel[kInt8Block * 16];
   for (int64_t g = 0; g < a.groups; ++g) {
     const GroupScales scales(w, tile, g);
     for (int64_t p = 0; p < a.group_parts; ++p) {
@@ -123,15 +133,15 @@ void int8_tile(const Job& job, int64_t tile, float* totals) {
       const int64_t blocks = left < kInt8Block / 8 ? left : kInt8Block / 8;
       for (int64_t b = 0; b < blocks; ++b) {
         // in the order of the permuted activations
-        int16_t block[128];
+        int32_t block[128];
         constexpr int column_at[8] = {0, 4, 1, 5, 2, 6, 3, 7};
         unpack_block(w, codes + (at + b) * block_bytes, block);
-        for (int k = 0; k < 8; ++k) memcpy(panel + b * 128 + k * 16, block + column_at[k] * 16, 32);
+        for (int k = 0; k < 8; ++k) memcpy(panel + b * 128 + k * 16, block + column_at[k] * 16, 64);
       }
       for (int64_t m = 0; m < a.rows;) {
         const int8_t* x = static_cast<const int8_t*>(a.data) + m * a.row_stride + at * 8;
         const int n = a.rows - m >= kRows ? kRows : 1;
-        int32_t acc[kRows][16] = {};
+        int32_t acc[kRows][16];
         if (n == kRows) {
           int8_rows<kRows>(panel, blocks * 8, x, a.row_stride, acc);
         } else {
