@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,11 +72,11 @@ def put_quantized(
 
 def untie(model: nn.Module, name: str) -> None:
     """Let the weight of module ``name`` go its own way: no loader of this model may tie it to the embedding again."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for settings in (config, text):
         if getattr(settings, "tie_word_embeddings", None):
-            settings.tie_word_embeddings = False  # type: ignore[union-attr]
+            settings.tie_word_embeddings = False
     tied = getattr(model, "all_tied_weights_keys", None)
     if isinstance(tied, dict):
         tied.pop(f"{name}.weight", None)
