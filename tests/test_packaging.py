@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from hf_quant.kernels import build
 from hf_quant.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = "hf_quant/kernels/_native.so"
+PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
 OURS = ("hf_quant", "_hf_quant", "__editable__.hf_quant", "__editable___hf_quant")
 
 
@@ -33,19 +36,7 @@ def _run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Comp
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    built = _run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        ROOT,
-        cwd=folder,
-    )
+    built = _run(*PIP_WHEEL, "--quiet", "-w", folder, ROOT, cwd=folder)
     assert built.returncode == 0, built.stderr
     (path,) = folder.glob("*.whl")
     return path
@@ -97,7 +88,7 @@ def test_the_wheel_holds_what_the_package_needs(wheel: Path) -> None:
         template = archive.read("hf_quant/card_template.md")
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_quant").rglob("*") if path.is_file()}
     moved = "hf_quant/integrations/optimum.py"  # its one place in the wheel is optimum's folder
-    wanted = {name for name in sources if "__pycache__" not in name} - {moved}
+    wanted = {name for name in sources if "__pycache__" not in name} - {moved, LIBRARY}  # compiled anew for the wheel
     assert {"hf_quant/py.typed", "hf_quant/cli/app.py"} <= wanted
     assert wanted <= names
     assert any(name.startswith("hf_quant/texts/data/") and name.endswith(".txt") for name in names)
@@ -108,6 +99,32 @@ def test_the_wheel_holds_what_the_package_needs(wheel: Path) -> None:
     assert any("LICENSE" in name for name in names)
     assert metadata["Requires-Python"] == ">=3.10"
     assert "hf-quant = hf_quant.cli:main" in entry_points
+
+
+def test_the_wheel_carries_the_native_kernels_where_there_is_a_compiler(wheel: Path, installed: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "hf_quant/kernels/csrc/hf_quant.h" in names
+    pure = wheel.name.endswith("-py3-none-any.whl")
+    assert (LIBRARY in names) is (build.compiler() is not None) is not pure
+    code = "from hf_quant.kernels import native_library as n; print(n.PATH, n.unavailable())"
+    done = _run(installed / "bin" / "python", "-c", code, cwd=installed, HF_QUANT_NATIVE="")
+    assert done.returncode == 0, done.stderr
+    path, said = done.stdout.strip().split(" ", 1)
+    assert Path(path).is_relative_to(installed)
+    assert (said == "None") is not pure
+
+
+@pytest.mark.parametrize("how", [{"HF_QUANT_NO_NATIVE": "1"}, {"CXX": "no-such-compiler"}])
+def test_without_a_compiler_or_on_request_the_wheel_is_pure(how: dict[str, str], tmp_path: Path) -> None:
+    done = _run(*PIP_WHEEL, "-v", "-w", tmp_path, ROOT, cwd=tmp_path, **how)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(path) as archive:
+        assert LIBRARY not in archive.namelist(), "a library that lies in the source tree is not for every platform"
+    if "CXX" in how:
+        assert "installed without its native CPU kernels: no C++ compiler was found" in done.stdout + done.stderr
 
 
 def test_it_imports_from_the_wheel_and_finds_its_data(installed: Path, tmp_path: Path) -> None:
