@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_peers import PeerError, llama_cpp, make_environment  # type: ignore[import-not-found]
 from measuring import default_model, fill_between, label_of  # type: ignore[import-not-found]
+from peer_environments import PeerError, llama_cpp, make_environment  # type: ignore[import-not-found]
 from rich.console import Console
 from speed_peers import report  # type: ignore[import-not-found]
 from speed_peers.contenders import ENVIRONMENTS, OURS, Contender, contenders  # type: ignore[import-not-found]

@@ -26,9 +26,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -37,15 +35,24 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
+from measuring import (  # type: ignore[import-not-found]
+    built_in_windows,
+    default_model,
+    float_answers,
+    float_model,
+    label_of,
+    measure,
+    publish,
+    record,
+    recorded,
+)
+from peer_environments import PeerError, checked, llama_cpp, make_environment  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import hf_quant
-from hf_quant.checkpoint import atomic_write
 from hf_quant.evaluation import environment
-from hf_quant.evaluation.bootstrap import Bootstrap
-from hf_quant.evaluation.divergence import Reference, compare, run_reference
+from hf_quant.evaluation.divergence import Reference
 from hf_quant.evaluation.sources import quiet_loading
 from hf_quant.evaluation.stream import LogitStream
 from hf_quant.evaluation.table import markdown_table
@@ -53,9 +60,7 @@ from hf_quant.evaluation.text import BUILT_IN, cut_windows, load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 FAILED = 3  # exit code
-BOOTSTRAP_SAMPLES = 10_000
-TORCH = "torch==2.13.0"
-LLAMA_CPP = "llama-cpp-python==0.3.36"
+MARKS = ("<!-- table:peers -->", "<!-- /table:peers -->")
 # What each environment is made of, besides torch. GPTQModel 7.7 wants a newer torch.
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "gptqmodel": ("gptqmodel==7.6.0", "transformers==5.23.0"),
@@ -63,17 +68,6 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "llmcompressor": ("llmcompressor==0.14.0.1", "transformers==5.17.0"),
     "llamacpp": ("transformers==5.23.0", "numpy", "safetensors", "sentencepiece", "PyYAML"),
 }
-# llama-imatrix tokenizes a text; we give it the ids that every other peer gets.
-_IMATRIX = Path("tools/imatrix/imatrix.cpp")
-_THEIR_TOKENS = "std::vector<llama_token> tokens = common_tokenize(ctx, params.prompt, true, params.parse_special);"
-_OUR_TOKENS = (
-    "std::vector<llama_token> tokens; "
-    "{ std::istringstream ids(params.prompt); for (llama_token id; ids >> id;) tokens.push_back(id); }"
-)
-
-
-class PeerError(Exception):
-    """Why a row could not be measured."""
 
 
 @dataclass(frozen=True)
@@ -117,107 +111,6 @@ def interpreter(peer: Peer, envs: Path) -> tuple[Path, dict[str, str]]:
     return python, llama_cpp(envs / "llamacpp", python, ("llama-imatrix", "llama-quantize"))
 
 
-def make_environment(name: str, packages: tuple[str, ...], envs: Path) -> Path:
-    """The Python of the virtual environment ``envs / name`` with torch and the packages; made on first use."""
-    home = envs / name
-    python = home / "bin" / "python"
-    wanted = [TORCH, *packages]
-    ready = home / "hf-quant-bench.json"
-    if not (ready.is_file() and json.loads(ready.read_text(encoding="utf-8")) == wanted):
-        checked([sys.executable, "-m", "venv", str(home)], f"venv for {name}")
-        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        checked([*install, TORCH], f"pip install {TORCH}")
-        checked([*install, *wanted], f"pip install {' '.join(wanted)}")
-        if name == "gptqmodel":
-            # It compiles its packing code on first use (minutes), which is no part of quantizing.
-            compile_it = "from gptqmodel.utils import cpp; cpp.load_pack_block_extension()"
-            checked([str(python), "-c", compile_it], "compiling GPTQModel's extension")
-        if name == "openvino":
-            # optimum-intel asks for torchvision and does without; its wheel does not load beside a CPU build of torch.
-            uninstall = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"]
-            checked(uninstall, "pip uninstall torchvision")
-        ready.write_text(json.dumps(wanted), encoding="utf-8")
-    return python
-
-
-def llama_cpp(home: Path, python: Path, tools: tuple[str, ...]) -> dict[str, str]:
-    """Where a runner finds llama.cpp, as environment variables; its programs are built on first use (20 minutes)."""
-    source = llama_cpp_source(home / "sdist", python)
-    programs = home / "programs"
-    missing = [tool for tool in tools if not (programs / tool).is_file()]
-    if missing:
-        build_llama_cpp(source, home / "build", missing)
-        programs.mkdir(exist_ok=True)
-        for tool in missing:
-            shutil.copy2(home / "build" / "bin" / tool, programs / tool)
-    return {
-        "PEER_SOURCE": str(source),
-        "PEER_PROGRAMS": str(programs),
-        "PEER_VERSION": f"{LLAMA_CPP.partition('==')[2]} (sources of llama-cpp-python)",
-    }
-
-
-def llama_cpp_source(sdist: Path, python: Path) -> Path:
-    """llama.cpp's sources as the sdist of llama-cpp-python has them, llama-imatrix changed to read token ids."""
-    source = next(iter(sdist.glob("*/vendor/llama.cpp")), None)
-    if source is not None and _OUR_TOKENS in (source / _IMATRIX).read_text(encoding="utf-8"):
-        return source
-    shutil.rmtree(sdist, ignore_errors=True)
-    download = ["pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(sdist)]
-    checked([str(python), "-m", *download, LLAMA_CPP], f"pip download {LLAMA_CPP}")
-    with tarfile.open(next(iter(sdist.glob("*.tar.gz")))) as archive:
-        archive.extractall(sdist, filter="data")
-    source = next(iter(sdist.glob("*/vendor/llama.cpp")), None)
-    if source is None:
-        raise PeerError(f"the sdist of {LLAMA_CPP} has no vendor/llama.cpp")
-    read_ids_instead_of_text(source / _IMATRIX)
-    return source
-
-
-def build_llama_cpp(source: Path, build: Path, tools: list[str]) -> None:
-    """Build programs of llama.cpp with its defaults for this machine; ``build / "bin"`` has them afterwards."""
-    for tool in ("cmake", "c++"):
-        if shutil.which(tool) is None:
-            raise PeerError(f"llama.cpp is built from source and {tool} is not installed")
-    options = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_SERVER=OFF", "LLAMA_BUILD_TESTS=OFF"]
-    options += ["LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_OPENSSL=OFF"]
-    configure = ["cmake", "-S", str(source), "-B", str(build), *(f"-D{option}" for option in options)]
-    checked(configure, "configuring llama.cpp")
-    jobs = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
-    checked(["cmake", "--build", str(build), "-j", jobs, "--target", *tools], "building llama.cpp")
-
-
-def read_ids_instead_of_text(file: Path) -> None:
-    """Change the one line of llama-imatrix that turns text into tokens. Raises PeerError when it is not there once."""
-    text = file.read_text(encoding="utf-8")
-    if text.count(_THEIR_TOKENS) != 1:
-        raise PeerError(f"{file.name} of {LLAMA_CPP} does not tokenize where it used to: the pinned version changed")
-    file.write_text("#include <sstream>\n" + text.replace(_THEIR_TOKENS, _OUR_TOKENS), encoding="utf-8")
-
-
-def checked(
-    command: list[str], what: str, env: dict[str, str] | None = None, log: Path | None = None, cwd: Path | None = None
-) -> None:
-    """Run a program, its output into ``log`` or nowhere. Raises PeerError with what it said last when it fails."""
-    with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
-        try:
-            done = subprocess.run(command, cwd=cwd, env=env, check=False, stdout=output, stderr=subprocess.STDOUT)
-        except OSError as error:
-            raise PeerError(f"{what}: {error}") from error
-        if done.returncode:
-            output.seek(0)
-            said = output.read().decode("utf-8", errors="replace")
-            raise PeerError(f"{what}: exit {done.returncode}: {last_words(said)}")
-
-
-def last_words(output: str) -> str:
-    """The last line that says something, shortened: what a table cell can hold of a traceback."""
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"([\w.]+(Error|Exception)|ERROR|error)\b", line)]
-    said = (errors or lines or ["it said nothing"])[-1]
-    return said if len(said) <= 200 else said[:199] + "…"
-
-
 def calibration(tokenizer: Any, samples: int, length: int, seed: int) -> torch.Tensor:
     """Token ids int64 ``[samples, length]``: the built-in texts in equal parts, from their calibration part."""
     shares = [samples // len(BUILT_IN) + (number < samples % len(BUILT_IN)) for number in range(len(BUILT_IN))]
@@ -251,26 +144,6 @@ def quantize(peer: Peer, model: Path, tokens: Path, folder: Path, envs: Path, th
     checked(command, f"{peer.module} failed", env, log, work)  # some peers leave logs where they run
     figures: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     return figures
-
-
-def evaluate(references: dict[str, Reference], directory: Path, name: str, seed: int) -> dict[str, Any]:
-    """The figures of a dequantized checkpoint on every text."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    stream = LogitStream(model, name)
-    found = {}
-    for text, reference in references.items():
-        divergence = compare(reference, stream)
-        summary = divergence.summary(Bootstrap(len(reference.ids), BOOTSTRAP_SAMPLES, seed))
-        found[text] = {
-            "kl": summary.kl.model_dump(),
-            "kl_of_windows": divergence.kl.mean(axis=1).tolist(),
-            "kl_p99": divergence.kl_p99,
-            "perplexity_float": summary.perplexity_reference.model_dump(),
-            "perplexity": summary.perplexity_model.model_dump(),
-            "perplexity_increase_percent": summary.perplexity_increase_percent.model_dump(),
-            "top1_agreement": summary.top1_agreement.model_dump(),
-        }
-    return found
 
 
 def table(data: dict[str, Any]) -> list[str]:
@@ -319,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="run only rows whose 'peer | format' matches this regex")
     parser.add_argument("--json", type=Path, help="write the figures here after every row, and go on from there")
     parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--fill", type=Path, help="write the table between the marks of this Markdown file")
     return parser.parse_args()
 
 
@@ -342,12 +216,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "calibration": {"shape": list(ids.shape), "sha256": digest},
         "threads": arguments.threads,
     }
-    done: dict[str, dict[str, Any]] = {}
-    if arguments.json and arguments.json.is_file():
-        before = json.loads(arguments.json.read_text(encoding="utf-8"))
-        if {key: before.get(key) for key in protocol} != protocol:
-            sys.exit(f"{arguments.json} holds figures of another protocol: remove it or name another file")
-        done = {row["key"]: row for row in before["rows"]}
+    done = recorded(arguments.json, protocol)
     wanted = [peer for peer in peers() if re.search(arguments.only, peer.key)]
     missing = [peer for peer in wanted if peer.key not in done or "failed" in done[peer.key]]
     data = {**protocol, "hf_quant": hf_quant.__version__, "environment": environment.describe().model_dump()}
@@ -364,39 +233,26 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         try:
             row |= quantize(peer, model, tokens, place, arguments.envs.absolute(), arguments.threads)
             if not references:
-                references = float_model(model, tokenizer, arguments)
-            row["texts"] = evaluate(references, place / "out", peer.key, arguments.seed)
+                cuts = built_in_windows(tokenizer, arguments.windows, arguments.length, arguments.seed)
+                references = float_answers(model, cuts)
+            stream = LogitStream(float_model(place / "out"), peer.key)
+            row["texts"] = measure(references, stream, arguments.seed)
         except PeerError as error:
             row["failed"] = str(error)
             print(f"  {error}", file=sys.stderr, flush=True)
         done[peer.key] = row
         shutil.rmtree(place, ignore_errors=True)
         gc.collect()
-        if arguments.json:
-            atomic_write(arguments.json, json.dumps(collected(), indent=1) + "\n")
+        record(arguments.json, collected())
     return collected()
-
-
-def float_model(model: Path, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Reference]:
-    """The float model on the windows of scripts/bench_accuracy.py."""
-    stream = LogitStream(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), "float")
-    cuts = {
-        name: cut_windows(load_text(name), tokenizer, arguments.windows, arguments.length, arguments.seed)
-        for name in BUILT_IN
-    }
-    return {name: run_reference(stream, cut.ids) for name, cut in cuts.items()}
 
 
 def main() -> None:
     """Measure, print, write, and say which rows failed."""
     arguments = parse()
     transformers.logging.set_verbosity_error()
-    label = "SmolLM2-135M-Instruct" if arguments.model is None else arguments.model.resolve().name
-    arguments.label = arguments.label or label
-    if arguments.model is None:
-        from hf_quant import demo
-
-        arguments.model = demo.float_checkpoint()
+    arguments.label = arguments.label or label_of(arguments.model)
+    arguments.model = arguments.model or default_model()
     torch.set_num_threads(arguments.threads)
     arguments.envs.mkdir(parents=True, exist_ok=True)
     if arguments.work:
@@ -404,10 +260,7 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-peers-", dir=arguments.work) as folder, quiet_loading():
         data = run(arguments, Path(folder))
-    lines = table(data)
-    if arguments.markdown:
-        atomic_write(arguments.markdown, "\n".join(lines) + "\n")
-    Console(width=10_000, soft_wrap=True, highlight=False, markup=False).print("\n".join(lines))
+    publish(table(data), arguments.markdown, arguments.fill, MARKS)
     failed = [row["key"] for row in data["rows"] if "failed" in row]
     print(f"\n{len(data['rows'])} rows in {time.perf_counter() - start:.0f} s" + (f"; FAILED: {failed}" * bool(failed)))
     sys.exit(FAILED if failed else 0)

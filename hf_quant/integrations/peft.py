@@ -1,7 +1,6 @@
 """LoRA through peft: adapters train on packed layers, merge with a stated cost, and need nothing but `import hf_quant`.
 
-Importing this file registers with peft; :mod:`hf_quant` does so as soon as peft's LoRA model is imported. The same code
-serves CUDA, where it was not run.
+Importing this file registers with peft; :mod:`hf_quant` does so once peft's LoRA model is imported. Never ran on CUDA.
 """
 
 from __future__ import annotations

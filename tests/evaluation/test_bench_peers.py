@@ -26,8 +26,15 @@ def _module(name, path):
 
 @pytest.fixture(scope="module")
 def bench():
+    sys.path.insert(0, str(ROOT / "scripts"))  # where it imports from when it is run
     yield _module("bench_peers", ROOT / "scripts" / "bench_peers.py")
+    sys.path.remove(str(ROOT / "scripts"))
     del sys.modules["bench_peers"]
+
+
+@pytest.fixture(scope="module")
+def environments(bench):
+    return sys.modules["peer_environments"]
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +96,20 @@ def test_an_empty_result_is_not_reported(shared, tmp_path):
     assert not job.report.exists()
 
 
-def test_llama_cpp_reads_ids_or_says_that_it_changed(bench, tmp_path):
+def test_llama_cpp_reads_ids_or_says_that_it_changed(environments, tmp_path):
     file = tmp_path / "imatrix.cpp"
-    file.write_text(f"int main() {{\n    {bench._THEIR_TOKENS}\n}}\n")
-    bench.read_ids_instead_of_text(file)
-    assert "common_tokenize" not in file.read_text() and bench._OUR_TOKENS in file.read_text()
-    with pytest.raises(bench.PeerError, match="pinned version changed"):
-        bench.read_ids_instead_of_text(file)
+    file.write_text(f"int main() {{\n    {environments._THEIR_TOKENS}\n}}\n")
+    environments.read_ids_instead_of_text(file)
+    assert "common_tokenize" not in file.read_text() and environments._OUR_TOKENS in file.read_text()
+    with pytest.raises(environments.PeerError, match="pinned version changed"):
+        environments.read_ids_instead_of_text(file)
 
 
-def test_the_last_words_of_a_traceback(bench):
+def test_the_last_words_of_a_traceback(environments):
     output = "Traceback (most recent call last):\n  File x\nValueError: no such group\n\x1b[0mcleaning up\n"
-    assert bench.last_words(output) == "ValueError: no such group"
-    assert bench.last_words("") == "it said nothing"
-    assert len(bench.last_words("x" * 999)) == 200
+    assert environments.last_words(output) == "ValueError: no such group"
+    assert environments.last_words("") == "it said nothing"
+    assert len(environments.last_words("x" * 999)) == 200
 
 
 def test_the_table_shows_figures_and_failures(bench):
