@@ -160,7 +160,7 @@ def test_presets_fill_what_is_not_given_and_survive_a_round_trip() -> None:
     assert best.calibration is not None and best.tuning is not None
     assert best.calibration["samples"] > balanced.calibration["samples"]
     mine = HfQuantConfig(preset="best", calibration={"source": "docs", "samples": 4}, tuning={"steps": 0})
-    assert mine.calibration == {"source": "docs", "samples": 4, "length": 512, "seed": 0}
+    assert mine.calibration == {"source": "docs", "samples": 4, "length": 512, "seed": 0, "fold": True}
     assert mine.tuning is not None and mine.tuning["steps"] == 0
     for config in (fast, balanced, best, mine, HfQuantConfig(method="gptq", bits=8)):
         assert HfQuantConfig(**config.to_dict()) == config
