@@ -63,7 +63,7 @@ def test_what_the_user_chose_is_not_overruled(tmp_path: Path) -> None:
 
 def test_the_options_reach_their_sections() -> None:
     found = config(source="docs", samples=7, length=33, seed=5, steps=9)
-    assert found.calibration == {"source": "docs", "samples": 7, "length": 33, "seed": 5}
+    assert found.calibration == {"source": "docs", "samples": 7, "length": 33, "seed": 5, "fold": True}
     assert found.tuning["steps"] == 9
     assert config(preset="best", steps=0).tuning in (None, {**config(preset="best").tuning, "steps": 0})
     assert config(preset="fast", seed=5).calibration is None  # a seed is no wish for calibration
