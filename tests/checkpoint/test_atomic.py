@@ -245,7 +245,8 @@ def test_ctrl_c_at_every_line(tmp_path: Path) -> None:
 
 
 _CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background of a shell ignores Ctrl-C
 from hf_quant.checkpoint import atomic_directory
 with atomic_directory(sys.argv[1], overwrite=True) as temporary:
     (temporary / "config.json").write_text("child")
