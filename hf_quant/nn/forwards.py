@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import nn
 
 
@@ -72,3 +73,25 @@ def replaced_forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> 
             del module.forward
             if before is not None:
                 module.forward = before
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """The bias ``[out]`` of a layer, or of what stands in its place."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
+
+
+@contextmanager
+def multiplying(model: nn.Module, products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    """Inside, the named layers compute their output without bias by the given functions; biases are added here."""
+
+    def forward(module: nn.Module, product: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            bias = bias_of(module)
+            return product(x) if bias is None else product(x) + bias
+
+        return run
+
+    modules = ((model.get_submodule(name), product) for name, product in products.items())
+    with replaced_forwards((module, forward(module, product)) for module, product in modules):
+        yield

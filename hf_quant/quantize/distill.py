@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_quant.calibration.data import CalibrationData, batch_samples
-from hf_quant.nn.forwards import replaced_forwards
+from hf_quant.nn.forwards import multiplying
 from hf_quant.plan import Plan
 from hf_quant.quantize.contracts import Weights
 from hf_quant.quantize.objective import Objective, find_objective
@@ -183,7 +183,7 @@ class _Tuner:
                 parameter.requires_grad_(False)
             for parameter in vectors.values():
                 parameter.requires_grad_(True)
-            with self._layers({name: layer.forward for name, layer in layers.items()}):
+            with multiplying(self.model, {name: layer.forward for name, layer in layers.items()}):
                 best = self._train(objective, train, held_out, scaled, vectors)
                 if best is None:
                     return {}, {}
@@ -279,27 +279,10 @@ class _Tuner:
         return {name: value.to(self.device) for name, value in sample.items()}
 
     @contextmanager
-    def _layers(self, forwards: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
-        """Inside, the named layers compute their output (without bias) by the given functions."""
-
-        def with_bias(
-            module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]
-        ) -> Callable[..., torch.Tensor]:
-            def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-                bias = getattr(module, "bias", None)
-                return forward(x) if bias is None else forward(x) + bias
-
-            return run
-
-        modules = ((self.model.get_submodule(name), forward) for name, forward in forwards.items())
-        with replaced_forwards((module, with_bias(module, forward)) for module, forward in modules):
-            yield
-
-    @contextmanager
     def _float_layers(self, weights: Weights) -> Iterator[None]:
         """Inside, the layers run with their float weights, which are all in memory meanwhile."""
         held = {layer.name: weights.weight(layer).to(self.device) for layer in self.plan.quantized}
-        with self._layers({name: partial(_multiply, weight) for name, weight in held.items()}):
+        with multiplying(self.model, {name: partial(_multiply, weight) for name, weight in held.items()}):
             yield
 
 

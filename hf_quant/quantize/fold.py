@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_quant.calibration.statistics import token_rows
+from hf_quant.nn.forwards import bias_of
 from hf_quant.plan import PlannedLayer
 from hf_quant.quantize.contracts import Weights
 from hf_quant.quantize.fold_sites import Site, find_sites
@@ -149,8 +150,8 @@ def _add(folds: Folds, model: nn.Module, site: Site, factors: torch.Tensor) -> N
         folds.floats[f"{site.producer}.weight"] = torch.where(factors == 1.0, weight, rounded)
     else:
         folds.rows[site.producer] = factors
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, torch.Tensor):
+    bias = bias_of(module)
+    if bias is not None:
         folds.floats[f"{site.producer}.bias"] = bias.detach().to("cpu", torch.float32) / factors
     for name in site.consumers:
         folds.columns[name] = factors[site.channel]
@@ -204,11 +205,10 @@ class _Choice:
                     weight = self.weights.weight(self.layers[name]).to(self.device)
                     if name in self.sites and name not in chosen:
                         chosen[name] = self._choose(self.sites[name], streams)
-                    bias = getattr(self.model.get_submodule(name), "bias", None)
+                    bias = bias_of(self.model.get_submodule(name))
                     for stream in [stream for stream in streams if stream.layer == name]:
                         assert stream.inputs is not None
-                        used = weight.to(stream.inputs.dtype)
-                        stream.advance(linear(stream.inputs, used, bias if isinstance(bias, torch.Tensor) else None))
+                        stream.advance(linear(stream.inputs, weight.to(stream.inputs.dtype), bias))
         finally:
             for stream in streams:
                 stream.close()

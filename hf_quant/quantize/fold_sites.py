@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from hf_quant.nn.forwards import replaced_forwards
+from hf_quant.nn.forwards import bias_of, replaced_forwards
 from hf_quant.plan import PlannedLayer
 from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.contracts import Weights
@@ -126,7 +126,7 @@ def _failing(
                 scaled = found * columns[name] if name in columns else found
                 if not (scaled - x).norm() <= HELD * x.norm():
                     return name
-                weight, bias = weights.weight(layers[name]).to(device, x.dtype), _bias(model.get_submodule(name))
+                weight, bias = weights.weight(layers[name]).to(device, x.dtype), bias_of(model.get_submodule(name))
                 plain.advance(linear(x, weight, bias))
                 with _divided(norms):
                     output = linear(scaled, weight, bias)
@@ -148,7 +148,7 @@ def _divided(norms: Iterable[tuple[nn.Module, Site, torch.Tensor]]) -> Iterator[
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for module, site, factors in norms:
-            for parameter, offset in ((module.weight, float(site.plus_one)), (_bias(module), 0.0)):
+            for parameter, offset in ((module.weight, float(site.plus_one)), (bias_of(module), 0.0)):
                 if isinstance(parameter, torch.Tensor):
                     before.append((parameter, parameter.data))
                     parameter.data = ((parameter.data + offset) / factors - offset).to(parameter.dtype)
@@ -186,17 +186,12 @@ def _calls(
             while stream.layer is not None and wanted - found.keys():
                 assert stream.inputs is not None
                 weight = weights.weight(layers[stream.layer]).to(device, stream.inputs.dtype)
-                stream.advance(linear(stream.inputs, weight, _bias(model.get_submodule(stream.layer))))
+                stream.advance(linear(stream.inputs, weight, bias_of(model.get_submodule(stream.layer))))
     finally:
         stream.close()
         for hook in hooks:
             hook.remove()
     return found
-
-
-def _bias(module: nn.Module) -> torch.Tensor | None:
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, torch.Tensor) else None
 
 
 class _Trial:
@@ -328,7 +323,7 @@ class _Trial:
             if seen is not None:
                 seen(name, x)
             inputs = x * columns[name] if name in columns else x
-            output = linear(inputs, self.weights[name].to(x.dtype), _bias(self.module.get_submodule(name)))
+            output = linear(inputs, self.weights[name].to(x.dtype), bias_of(self.module.get_submodule(name)))
             return output / rows[name] if name in rows else output
 
         pairs = [(self.module.get_submodule(name), partial(forward, name)) for name in self.weights]

@@ -10,8 +10,7 @@ blocks worse. Held-out samples decide whether a block keeps what it learned.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_quant.calibration.data import CalibrationData
-from hf_quant.nn.forwards import replaced_forwards
+from hf_quant.nn.forwards import multiplying
 from hf_quant.plan import Plan
 from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.contracts import Weights
@@ -127,7 +126,7 @@ class _Reconstructor:
             with (
                 torch.no_grad(),
                 uncached(self.model),
-                self._using({name: self._either(name) for name in outside}),
+                multiplying(self.model, {name: self._either(name) for name in outside}),
                 pausing_blocks(self.model, [block.name for block in self.blocks]),
             ):
                 pairs = [self._pair(batch) for batch in self.batches]
@@ -149,7 +148,7 @@ class _Reconstructor:
     def _visit(self, block: Block, pairs: Sequence[_Pair], again: bool) -> None:
         """All passes that wait at a block: train it, and send them on."""
         floats = {name: self.weights.weight(self.layers[name]).to(self.device) for name in block.layers}
-        with self._using(_products(floats)):
+        with multiplying(self.model, _products(floats)):
             exact = [self._call(pair.exact) for pair in pairs]
         wanted = [_output(found) for found in exact]
         if not again and not self.finished(block.name) and all(isinstance(found, torch.Tensor) for found in wanted):
@@ -158,7 +157,7 @@ class _Reconstructor:
             self.progress(report)
         rounded = _products({name: self.tensor(name).to(self.device).dequantize() for name in block.layers})
         for pair, answer in zip(pairs, exact, strict=True):
-            with self._using(rounded):
+            with multiplying(self.model, rounded):
                 quantized = self._call(pair.quantized)
             self._advance(pair, answer, quantized)
 
@@ -173,7 +172,7 @@ class _Reconstructor:
 
         def loss(index: int, forwards: Mapping[str, Product]) -> torch.Tensor:
             pair, target = pairs[index], wanted[index]
-            with self._using(forwards):
+            with multiplying(self.model, forwards):
                 found = _output(self._call(pair.quantized))
             rows = (found - target).square().mean(-1) / target.square().mean(-1).clamp(min=_TINY)
             mask = pair.mask.get(tuple(rows.shape))
@@ -230,21 +229,6 @@ class _Reconstructor:
         call = stream.call
         assert isinstance(call, BlockCall)
         return call.forward(*call.args, **call.kwargs)
-
-    @contextmanager
-    def _using(self, products: Mapping[str, Product]) -> Iterator[None]:
-        """Inside, layers multiply by the given functions; biases are added here."""
-
-        def forward(module: nn.Module, product: Product) -> Callable[..., torch.Tensor]:
-            def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-                bias = getattr(module, "bias", None)
-                return product(x) + bias if isinstance(bias, torch.Tensor) else product(x)
-
-            return run
-
-        modules = ((self.model.get_submodule(name), product) for name, product in products.items())
-        with replaced_forwards((module, forward(module, product)) for module, product in modules):
-            yield
 
     def _either(self, name: str) -> Product:
         """A layer outside of all blocks: the float weight in the float model's passes, else the quantized one."""

@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from hf_quant.calibration.data import CalibrationData
 from hf_quant.calibration.statistics import Moments, token_rows
 from hf_quant.errors import CalibrationError
+from hf_quant.nn.forwards import bias_of
 from hf_quant.plan import Plan
 from hf_quant.quantize.blocks import Block, find_blocks
 from hf_quant.quantize.contracts import LayerResult, Progress, Record, Rungs, Weights
@@ -385,5 +386,4 @@ class _Walk:
             logger.debug("no layer is taken for repeated: %s", error)
 
     def _bias(self, name: str) -> torch.Tensor | None:
-        bias = getattr(self.model.get_submodule(name), "bias", None)
-        return bias if isinstance(bias, torch.Tensor) else None
+        return bias_of(self.model.get_submodule(name))
