@@ -46,6 +46,7 @@ class NativeKernel(Kernel):
     name = "native"
     relayouts = True
     activation_modes = (FLOAT, INT8)
+    looks_up = True
 
     def unavailable(self) -> str | None:
         return native_library.unavailable()
@@ -127,8 +128,8 @@ class NativeKernel(Kernel):
             return linear_by_rows(self, _product, x, prepared, spec, bias)
         return _product(x, prepared, spec, bias)
 
-    def gather(self, ids: torch.Tensor, prepared: Prepared, spec: LayerSpec, dtype: torch.dtype) -> torch.Tensor:
-        rows: torch.Tensor = torch.ops.hf_quant.gather_rows(ids, *_operands(prepared, spec), dtype)
+    def gather(self, ids: torch.Tensor, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
+        rows: torch.Tensor = torch.ops.hf_quant.gather_rows(ids, *_operands(prepared, spec), spec.dtype)
         return rows
 
 

@@ -27,6 +27,7 @@ class ReferenceKernel(Kernel):
 
     name = "reference"
     relayouts = False
+    looks_up = True
 
     def unsupported(self, spec: LayerSpec) -> str | None:
         if not spec.dtype.is_floating_point:
@@ -51,6 +52,10 @@ class ReferenceKernel(Kernel):
         self, x: torch.Tensor, prepared: Prepared, spec: LayerSpec, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         return linear_by_rows(self, dequantized_product, x, prepared, spec, bias)
+
+    def gather(self, ids: torch.Tensor, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
+        rows = _dequantize(prepared, spec, ids.reshape(-1), spec.dtype)
+        return rows.view(*ids.shape, spec.in_features)
 
 
 def canonical_extras(tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
@@ -126,11 +131,11 @@ def scaled(codes: torch.Tensor, zero: torch.Tensor | int, scale: torch.Tensor, d
     return values.mul_(scale.to(torch.float32)).to(dtype)
 
 
-def _dequantize(prepared: Prepared, spec: LayerSpec, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the weight as ``[rows, in]`` in ``dtype``, bit for bit ``grids.decode(...).to(dtype)``."""
+def _dequantize(prepared: Prepared, spec: LayerSpec, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the weight (a slice, or indices) as ``[rows, in]``, bit for bit ``grids.decode(...).to(dtype)``."""
     scheme, columns = spec.scheme, spec.in_features
-    packed = prepared.weight[rows]
-    scale = prepared.extras["scale"][rows].unsqueeze(-1)
+    packed = _some(prepared.weight, rows)
+    scale = _some(prepared.extras["scale"], rows).unsqueeze(-1)
     if scheme.grid != "int":
         values = prepared.extras["pairs"].index_select(0, packed.reshape(-1).to(torch.int32)).view(torch.float32)
         values = values.view(packed.shape[0], -1)[:, :columns]
@@ -141,10 +146,15 @@ def _dequantize(prepared: Prepared, spec: LayerSpec, rows: slice, dtype: torch.d
     return weight.reshape(-1, columns)
 
 
-def _zero(prepared: Prepared, scheme: Scheme, rows: slice) -> torch.Tensor | int:
+def _some(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+    # index_select, unlike an index, refuses negative rows
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def _zero(prepared: Prepared, scheme: Scheme, rows: slice | torch.Tensor) -> torch.Tensor | int:
     if scheme.symmetric:
         return scheme.implied_zero_point
-    zero = prepared.extras["zero_point"][rows].unsqueeze(-1)
+    zero = _some(prepared.extras["zero_point"], rows).unsqueeze(-1)
     return zero.view(torch.int8) if scheme.bits == 4 else zero
 
 

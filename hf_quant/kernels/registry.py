@@ -108,6 +108,7 @@ class Kernel(ABC):
     name: ClassVar[str]
     relayouts: ClassVar[bool]  # prepare() changes the layout of the codes; when False, Prepared.weight IS tensor.packed
     activation_modes: ClassVar[tuple[str, ...]] = (FLOAT,)
+    looks_up: ClassVar[bool] = False  # gather() reads single rows out of its layout
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine at all (package or instruction set missing); None when it can."""
@@ -150,6 +151,15 @@ class Kernel(ABC):
         self, x: torch.Tensor, prepared: Prepared, spec: LayerSpec, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``x [..., in]`` (any leading dims, strided or not, no rows at all) -> ``[..., out]`` in ``x.dtype``."""
+
+    def gather(self, ids: torch.Tensor, prepared: Prepared, spec: LayerSpec) -> torch.Tensor:
+        """Rows ``ids [...]`` of the weight -> ``[..., in]`` in the dtype of ``spec``, bit for bit :meth:`dequantize`.
+
+        Raises:
+            KernelError: this kernel does not look rows up (``looks_up`` is False).
+            IndexError: an id outside of the weight.
+        """
+        raise KernelError(f"kernel {self.name} does not look rows up.", "kernel=auto takes one that does.")
 
 
 @dataclass(frozen=True)
@@ -235,14 +245,16 @@ def get(name: str) -> Kernel:
     return kernel
 
 
-def refusal(kernel: Kernel, spec: LayerSpec, allow_relayout: bool = True) -> str | None:
+def refusal(kernel: Kernel, spec: LayerSpec, allow_relayout: bool = True, looks_up: bool = False) -> str | None:
     """Why ``kernel`` cannot run a layer here; None when it can."""
     if kernel.relayouts and not allow_relayout:
         return "it changes the layout of the codes, which this layer does not allow"
+    if looks_up and not kernel.looks_up:
+        return "it does not look rows up, which an embedding needs"
     return kernel.unavailable() or kernel.unsupported(spec)
 
 
-def select(spec: LayerSpec, requested: str = AUTO, allow_relayout: bool = True) -> Selection:
+def select(spec: LayerSpec, requested: str = AUTO, allow_relayout: bool = True, looks_up: bool = False) -> Selection:
     """Choose the kernel of a layer.
 
     An explicit ``requested`` name wins over the environment variable HF_QUANT_KERNEL, which wins over ``auto``.
@@ -251,6 +263,7 @@ def select(spec: LayerSpec, requested: str = AUTO, allow_relayout: bool = True) 
         spec: the layer.
         requested: ``auto`` or one of :func:`names`.
         allow_relayout: whether the layout of the codes may change in memory.
+        looks_up: whether rows of the weight are looked up (an embedding).
 
     Raises:
         ConfigError: an unknown name.
@@ -260,13 +273,13 @@ def select(spec: LayerSpec, requested: str = AUTO, allow_relayout: bool = True) 
     if choice == AUTO:
         choice, origin = check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE), "environment"
     if choice != AUTO:
-        return _forced(choice, origin, spec, allow_relayout)
+        return _forced(choice, origin, spec, allow_relayout, looks_up)
     declined: list[str] = []
     for entry in _ENTRIES:
         if not entry.auto(spec):
             continue
         kernel = get(entry.name)
-        why_not = refusal(kernel, spec, allow_relayout)
+        why_not = refusal(kernel, spec, allow_relayout, looks_up)
         if why_not is None:
             return _selection(kernel, spec, declined)
         declined.append(f"not {entry.name}: {why_not}")
@@ -275,15 +288,15 @@ def select(spec: LayerSpec, requested: str = AUTO, allow_relayout: bool = True) 
     raise KernelError(f"no kernel runs {spec.label}: {'; '.join(declined)}.", "leave this layer in float.")
 
 
-def _forced(name: str, origin: str, spec: LayerSpec, allow_relayout: bool) -> Selection:
+def _forced(name: str, origin: str, spec: LayerSpec, allow_relayout: bool, looks_up: bool) -> Selection:
     kernel = get(name)
-    why_not = refusal(kernel, spec, allow_relayout)
+    why_not = refusal(kernel, spec, allow_relayout, looks_up)
     if spec.activations not in kernel.activation_modes:
         why_not = why_not or f"it computes with {FLOAT} activations only, and activations={spec.activations}"
     if why_not is None:
         how = f"{ENVIRONMENT_VARIABLE}={name}" if origin == "environment" else "asked for"
         return _selection(kernel, spec, [how])
-    others = [other for other in names() if other != name and refusal(get(other), spec, allow_relayout) is None]
+    others = [o for o in names() if o != name and refusal(get(o), spec, allow_relayout, looks_up) is None]
     works = f"{' and '.join(others)} can run it" if others else "no other kernel can run it either"
     where = f"{ENVIRONMENT_VARIABLE}=" if origin == "environment" else "kernel="
     raise KernelError(f"{where}{name} cannot run {spec.label}: {why_not}.", f"{works}; kernel=auto chooses by itself.")

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from hf_quant.errors import FormatError
-from hf_quant.grids import DOUBLE_QUANT_BLOCK, Scheme
+from hf_quant.grids import Scheme
 from hf_quant.kernels import registry
-from hf_quant.tensor import DoubleQuant, QuantizedTensor
+from hf_quant.nn.packed import Layouts, PackedWeight
+from hf_quant.tensor import QuantizedTensor
 
-# Layouts change in place, so only one thread may do it; layers are prepared once, so one lock for all is enough.
-_PREPARE = threading.RLock()
-_NESTED = ("weight_scale_absmax", "weight_scale_offset", "weight_scale_table")
-
-
-class Layouts:
-    """Counts how often any layer changed its layout: what was derived from layouts asks whether to look again."""
-
-    changes = 0
+__all__ = ["Layouts", "QuantLinear"]
 
 
-class _Ready(NamedTuple):
-    """A weight in the layout of the kernel that runs it."""
-
-    selection: registry.Selection
-    spec: registry.LayerSpec
-    prepared: registry.Prepared
-
-
-class QuantLinear(nn.Module):
+class QuantLinear(PackedWeight):
     """``y = x @ dequantize(weight).T + bias`` with a packed weight.
 
-    Parameters (none of them trains), in the canonical packing of :mod:`hf_quant.tensor` until a kernel takes them:
-        weight: uint8 ``[out, in]`` (8 bits) or ``[out, ceil(in/2)]`` (4 bits).
-        weight_scale: ``[out, in/group]``; uint8 codes when the scales are double-quantized.
-        weight_zero_point: uint8 ``[out, in/group]`` (asymmetric grids only).
-        weight_scale_absmax, weight_scale_offset, weight_scale_table: float32, double-quantized scales only.
+    Parameters: those of :class:`PackedWeight` and
+
         bias: ``[out]`` in the model's dtype, or None.
 
     Args:
@@ -56,8 +35,7 @@ class QuantLinear(nn.Module):
             environment variable HF_QUANT_ACTIVATIONS wins over it.
     """
 
-    weight: nn.Parameter
-    weight_scale: nn.Parameter
+    FLOATS: ClassVar[tuple[str, ...]] = ("bias",)
 
     def __init__(
         self,
@@ -72,37 +50,16 @@ class QuantLinear(nn.Module):
         kernel: str = registry.AUTO,
         activations: str = registry.FLOAT,
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.scheme = scheme
-        self.kernel_request = registry.check_name(kernel)
-        self.activations_request = registry.check_activations(activations)
+        super().__init__(
+            in_features,
+            out_features,
+            scheme,
+            scale_dtype=scale_dtype,
+            device=device,
+            kernel=kernel,
+            activations=activations,
+        )
         self.transposed_source = False  # the float layer was a Conv1D, whose weight is [in, out]
-        # one attribute, so that a thread never sees the kernel of one call with the layout of another
-        self._ready: _Ready | None = None
-        self._chosen: registry.Selection | None = None  # outlives the layout of an offloaded layer
-
-        groups = scheme.groups(in_features)
-        width = in_features if scheme.bits == 8 else (in_features + 1) // 2
-        scales = out_features * groups
-
-        def empty(*shape: int, kind: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False)
-
-        self.weight = empty(out_features, width, kind=torch.uint8)
-        if scheme.double_quant:
-            self.weight_scale = empty(out_features, groups, kind=torch.uint8)
-            self.weight_scale_absmax = empty(-(-scales // DOUBLE_QUANT_BLOCK), kind=torch.float32)
-            self.weight_scale_offset = empty(kind=torch.float32)
-            self.weight_scale_table = empty(256, kind=torch.float32)
-        else:
-            stored = scale_dtype if scheme.grid == "int" else torch.float32
-            self.weight_scale = empty(out_features, groups, kind=stored)
-        if scheme.symmetric:
-            self.register_parameter("weight_zero_point", None)
-        else:
-            self.weight_zero_point = empty(out_features, groups, kind=torch.uint8)
         if bias:
             self.bias: nn.Parameter | None = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))
         else:
@@ -133,175 +90,17 @@ class QuantLinear(nn.Module):
             layer.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         return layer
 
-    def named_tensors(self, tensor: QuantizedTensor) -> dict[str, nn.Parameter]:
-        """The parameters that hold ``tensor``, by name; raises FormatError when it belongs to another layer."""
-        if tensor.scheme != self.scheme or tensor.shape != (self.out_features, self.in_features):
-            raise FormatError(
-                f"{tensor.scheme.label} {list(tensor.shape)} does not fit a layer of "
-                f"{self.scheme.label} [{self.out_features}, {self.in_features}].",
-                "the checkpoint belongs to another model or config.",
-            )
-        found: dict[str, torch.Tensor | None] = {"weight": tensor.packed, "weight_zero_point": tensor.zero_point}
-        if tensor.nested is None:
-            found["weight_scale"] = tensor.scale
-        else:
-            found["weight_scale"] = tensor.nested.codes
-            found.update(zip(_NESTED, (tensor.nested.absmax, tensor.nested.offset, tensor.nested.table), strict=True))
-        return {k: nn.Parameter(v, requires_grad=False) for k, v in found.items() if v is not None}
-
-    def assign(self, tensor: QuantizedTensor) -> None:
-        """Make ``tensor`` the weight of this layer."""
-        self.forget()
-        for name, parameter in self.named_tensors(tensor).items():
-            setattr(self, name, parameter)
-
-    def quantized(self) -> QuantizedTensor:
-        """The weight in the canonical packing, bit for bit what was loaded or assigned."""
-        with _PREPARE:
-            found = {name: p.data for name, p in self._parameters.items() if p is not None} | self._canonical()
-        nested, scale = None, None
-        if self.scheme.double_quant:
-            absmax, offset, table = (found[name] for name in _NESTED)
-            nested = DoubleQuant(found["weight_scale"], absmax, offset, table)
-        else:
-            scale = found["weight_scale"]
-        zero, shape = found.get("weight_zero_point"), (self.out_features, self.in_features)
-        return QuantizedTensor(found["weight"], scale, zero, self.scheme, shape, nested)
-
-    def _canonical(self) -> dict[str, torch.Tensor]:
-        """In the canonical packing, by name: the parameters that a kernel has put into a layout of its own."""
-        ready = self._ready
-        if ready is None:
-            return {}
-        kernel, prepared, spec = ready.selection.kernel, ready.prepared, ready.spec
-        found = {"weight": kernel.restore(prepared, spec)}
-        for name, own in (("weight_scale", prepared.scale), ("weight_zero_point", prepared.zero_point)):
-            if own is not None:
-                found[name] = kernel.restore_rows(own, spec)
-        return found
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight ``[out, in]``: computed in float32, rounded once to ``dtype``."""
-        return self.quantized().dequantize(dtype)
-
-    # --- kernels -----------------------------------------------------------------------------------------------------
-
-    def prepare(self, dtype: torch.dtype) -> registry.Selection:
-        """Choose the kernel for activations of ``dtype`` and bring the weight into its layout (once).
-
-        Raises:
-            KernelError: a kernel was asked for by name that cannot run this layer.
-        """
-        return self._prepare(dtype).selection
-
-    def _prepare(self, dtype: torch.dtype) -> _Ready:
-        with _PREPARE:
-            activations = registry.activations(self.activations_request)
-            device = self.weight.device.type
-            spec = registry.LayerSpec(self.scheme, self.out_features, self.in_features, device, dtype, activations)
-            ready = self._ready
-            if ready is None or ready.spec != spec:
-                self._restore()
-                selection = registry.select(spec, self.kernel_request, allow_relayout=not self._is_offloaded())
-                prepared = selection.kernel.prepare(self.quantized(), spec)
-                self.weight.data = prepared.weight
-                if prepared.scale is not None:
-                    self.weight_scale.data = prepared.scale
-                if prepared.zero_point is not None and self.weight_zero_point is not None:
-                    self.weight_zero_point.data = prepared.zero_point
-                self._ready = ready = _Ready(selection, spec, prepared)
-                Layouts.changes += 1
-                self._chosen = selection
-            return ready
-
-    def release(self) -> None:
-        """Bring the weight back into the canonical packing; the next forward pass chooses a kernel again."""
-        with _PREPARE:
-            self._restore()
-            self._chosen = None
-
-    def forget(self) -> None:
-        """Drop what a kernel prepared, without restoring it: the parameters are about to be replaced."""
-        self._ready = None
-        Layouts.changes += 1
-
-    def _restore(self) -> None:
-        for name, tensor in self._canonical().items():
-            self._parameters[name].data = tensor  # type: ignore[union-attr]
-        self.forget()
-
-    def _is_offloaded(self) -> bool:
-        # accelerate swaps the parameters of offloaded layers in and out around every call: a new layout would be lost
-        hook = self.__dict__.get("_hf_hook")
-        return hook is not None and bool(getattr(hook, "offload", False))
-
-    @property
-    def kernel_name(self) -> str | None:
-        """The kernel that runs this layer, once it is chosen (at load, or at the first call)."""
-        return None if self._chosen is None else self._chosen.kernel.name
-
-    @property
-    def kernel_reason(self) -> str | None:
-        """Why that kernel, in one line."""
-        return None if self._chosen is None else self._chosen.reason
-
-    @property
-    def kernel_label(self) -> str | None:
-        """The kernel's name, and what it does with the activations where it has a choice."""
-        return None if self._chosen is None else self._chosen.label
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in]`` -> ``[..., out]`` in ``x.dtype``."""
         if self._is_offloaded():
-            return self._forward_offloaded(x)
+            return self._while_here(
+                x.dtype, lambda ready: ready.selection.kernel.linear(x, ready.prepared, ready.spec, self.bias)
+            )
+        # the short way: this runs two hundred times for a token of a small model
         ready = self._ready
         if ready is None or ready.spec.dtype != x.dtype:
             ready = self._prepare(x.dtype)
         return ready.selection.kernel.linear(x, ready.prepared, ready.spec, self.bias)
-
-    def _forward_offloaded(self, x: torch.Tensor) -> torch.Tensor:
-        # the weight is here for this call only: what is prepared from it must not keep it in memory
-        self.forget()
-        try:
-            ready = self._prepare(x.dtype)
-            return ready.selection.kernel.linear(x, ready.prepared, ready.spec, self.bias)
-        finally:
-            self.forget()
-
-    # --- copies, moves, state dicts: always in the canonical packing -------------------------------------------------
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        self.release()
-        packed = {id(p) for name, p in self._parameters.items() if p is not None and name != "bias"}
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            # .to(dtype) means the activations: the stored scales keep their dtype, and with it their values
-            if id(tensor) in packed and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(move, recurse)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        with _PREPARE:
-            destination.update({f"{prefix}{name}": tensor for name, tensor in self._canonical().items()})
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.release()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        with _PREPARE:
-            state = self.__dict__.copy()
-            canonical = self._canonical()
-        state["_parameters"] = dict(self._parameters)
-        for name, tensor in canonical.items():
-            state["_parameters"][name] = nn.Parameter(tensor, requires_grad=False)
-        state["_ready"] = state["_chosen"] = None
-        return state
 
     def extra_repr(self) -> str:
         kernel = self.kernel_name or self.kernel_request
