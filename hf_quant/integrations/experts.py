@@ -1,0 +1,93 @@
+"""Experts inside transformers' loader: a checkpoint's own experts are not merged, and fused ones are taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import WeightTransform
+from transformers.quantizers.base import HfQuantizer
+
+from hf_quant.nn.experts import SplitExperts, split_fused
+from hf_quant.nn.splitting import fuse_experts, merged_leaves, split_experts, split_modules
+
+
+class ExpertsLoader(HfQuantizer):
+    """A quantizer whose model may have had its experts taken apart before its weights are loaded."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.merges: list[WeightTransform] = []  # of transformers, not used while the experts are apart
+        self._awaited: dict[str, SplitExperts] = {}
+
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
+        """Without those that merge the experts of a checkpoint into one tensor, where experts were taken apart."""
+        endings = [f".{name}.{leaf}" for name, module in split_modules(model).items() for leaf in module.layout.parameters]
+        kept = []
+        for conversion in weight_conversions:
+            merged = merged_leaves(conversion) if endings else None
+            if merged is not None and any(ending.endswith(merged[0]) for ending in endings):
+                self.merges.append(conversion)
+            else:
+                kept.append(conversion)
+        found: list[WeightTransform] = super().update_weight_conversions(kept, model)
+        return found
+
+    def split_to_compare(self, model: nn.Module) -> None:
+        """Take experts apart to see whether a checkpoint has them quantized; free of cost on the meta device."""
+        split_experts(model)
+
+    def keep_split(self, model: nn.Module, quantized: Collection[str]) -> None:
+        """After that: put them together again unless one of these names is that of a layer within experts."""
+        names = split_modules(model)
+        if not any(layer.startswith(f"{name}.") for name in names for layer in quantized):
+            fuse_experts(model)
+
+    def await_fused(self, model: nn.Module) -> None:
+        """Let split experts also take the fused tensors of a checkpoint: they get parameters of those names for now."""
+        self._awaited = split_modules(model)
+        for module in self._awaited.values():
+            dtype = next(module.parameters()).dtype
+            for name in module.layout.parameters:
+                # empty: it has no values, and a device map should not count it
+                module.register_parameter(name, nn.Parameter(torch.empty(0, device="meta", dtype=dtype)))
+
+    def stop_awaiting(self, missing: set[str] | None) -> None:
+        """Every tensor of the checkpoint has its place: those parameters go."""
+        for name, module in self._awaited.items():
+            for leaf in module.layout.parameters:
+                del module._parameters[leaf]
+                if missing is not None:
+                    missing.discard(f"{name}.{leaf}")
+        self._awaited = {}
+
+    def put_together(self, model: Any) -> None:
+        """Fuse the experts of a float model again, and save them as transformers does."""
+        if not split_modules(model):
+            return
+        fuse_experts(model)
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            model._weight_conversions = [*conversions, *self.merges]
+
+
+def expert_weights(
+    model: nn.Module, values: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """Full name of a layer, the layer, ``weight`` or ``bias``, and the tensor, of fused tensors and of plain ones.
+
+    Args:
+        model: whose experts may have been taken apart.
+        values: full parameter name -> tensor.
+    """
+    for key, value in values:
+        name, _, leaf = key.rpartition(".")
+        module = model.get_submodule(name)
+        if not isinstance(module, SplitExperts):
+            yield name, module, leaf, value
+            continue
+        for below, piece in split_fused({leaf: value}, module.layout, module.leaves).items():
+            inside, _, kind = below.rpartition(".")
+            yield f"{name}.{inside}", module.get_submodule(inside), kind, piece
