@@ -1,9 +1,9 @@
 """hf-quant: int8 and int4 checkpoints for transformers, with scales that adapt and cards that tell the truth.
 
-Importing it registers :class:`HfQuantConfig` with transformers and runs compressed-tensors and bitsandbytes 4-bit
-checkpoints on hf-quant's kernels (``hf_quant.disable()`` or HF_QUANT_RUNTIME=stock leaves them to their own). Both
-happen as soon as transformers' quantizers are imported, and peft learns to train quantized layers as soon as its LoRA
-model is; until then nothing heavy is imported, so ``hf-quant --help`` is quick.
+Importing it registers :class:`HfQuantConfig` with transformers and runs compressed-tensors, bitsandbytes 4-bit, GPTQ
+and AWQ checkpoints on hf-quant's kernels (``hf_quant.disable()`` or HF_QUANT_RUNTIME=stock leaves them to their own).
+Both happen as soon as transformers' quantizers are imported, and peft learns to train quantized layers as soon as its
+LoRA model is; until then nothing heavy is imported, so ``hf-quant --help`` is quick.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_quant.version import __version__
 if TYPE_CHECKING:
     from hf_quant.api import LayerReport, inspect_model, load, quantize, save
     from hf_quant.config import HfQuantConfig
-    from hf_quant.integrations.transformers import disable, enable
+    from hf_quant.integrations.stock import disable, enable
     from hf_quant.nn.fused import FusedReport, describe_fused, fuse, unfuse
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
     "unfuse",
 ]
 
-_PLUGIN = "hf_quant.integrations.transformers"  # importing it registers and enables
+_PLUGIN = "hf_quant.integrations.stock"  # importing it registers and enables
 _PLUGINS = {"transformers.quantizers": _PLUGIN, "peft.tuners.lora.model": "hf_quant.integrations.peft"}
 _HOMES = {
     "HfQuantConfig": "hf_quant.config",

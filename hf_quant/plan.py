@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_quant.config import HfQuantConfig, LayerRequest
 from hf_quant.errors import PlanError
 from hf_quant.grids import DOUBLE_QUANT_BLOCK, PER_CHANNEL, Scheme
+from hf_quant.nn.splitting import expanded_modules, left_fused
 
 SMALLEST_NEAREST_GROUP = 16
 TABLE_GROUPS = (32, 4096)  # smallest and largest block of bitsandbytes' 4-bit kernels; powers of two only
@@ -111,15 +112,18 @@ class Plan:
 def make_plan(model: nn.Module, config: HfQuantConfig) -> Plan:
     """Decide, for every weight of ``model`` (which may be on the meta device), how it is quantized or why not.
 
+    Fused experts are planned as the linear layers that they are taken apart into (:mod:`hf_quant.nn.splitting`).
+
     Raises:
         PlanError: a pattern that matches nothing, contradictory requests, a group that does not divide (by option), or
             nothing left to quantize.
     """
-    linears = {name: module for name, module in model.named_modules() if name and is_linear(module)}
-    rules = _Rules(model, config, list(linears))
+    modules = dict(expanded_modules(model))
+    linears = {name: module for name, module in modules.items() if name and is_linear(module)}
+    rules = _Rules(model, config, modules, list(linears))
     tied = _tied(model)
     layers: list[PlannedLayer] = []
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}" if name else leaf
             if leaf == "weight" and name in linears:
@@ -149,12 +153,12 @@ def plan_of_checkpoint(model: nn.Module, schemes: Mapping[str, Scheme], format_n
     Args:
         model: its float skeleton.
         schemes: module name -> scheme of what is quantized.
-        format_name: ``compressed-tensors`` or ``bitsandbytes``.
+        format_name: a key of :data:`hf_quant.formats.FORMATS`.
         scale_dtype: of the stored scales.
     """
     tied = _tied(model)
     layers: list[PlannedLayer] = []
-    for name, module in model.named_modules():
+    for name, module in expanded_modules(model):
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}" if name else leaf
             if leaf != "weight" or not is_linear(module):
@@ -196,9 +200,11 @@ def matches(pattern: str, name: str) -> bool:
 class _Rules:
     """Exact override, then skip, then other overrides in order, then the default skips, then the default."""
 
-    def __init__(self, model: nn.Module, config: HfQuantConfig, names: list[str]) -> None:
+    def __init__(
+        self, model: nn.Module, config: HfQuantConfig, modules: Mapping[str, nn.Module], names: list[str]
+    ) -> None:
         self.config = config
-        self.default_skips = _default_skips(model)
+        self.default_skips = _default_skips(model, modules)
         for option, patterns in (("overrides", config.overrides), ("skip", config.skip)):
             for pattern in patterns:
                 self._check(option, pattern, names)
@@ -241,19 +247,17 @@ class _Rules:
         return request, f"override {pattern!r}", "" if request else "left in float on request"
 
 
-def _default_skips(model: nn.Module) -> dict[str, str]:
+def _default_skips(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Modules that stay in float unless an override names them, with the reason."""
     skips: dict[str, str] = {}
     output_head = getattr(model, "get_output_embeddings", None)
     head = output_head() if callable(output_head) else None
     keep: set[str] = set()
-    for owner in model.modules():
+    for owner in modules.values():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             keep |= set(getattr(owner, attribute, None) or ())
-    last = next(
-        reversed([name for name, module in model.named_modules() if any(True for _ in module.parameters(False))])
-    )
-    for name, module in model.named_modules():
+    last = next(reversed([name for name, module in modules.items() if any(True for _ in module.parameters(False))]))
+    for name, module in modules.items():
         if not is_linear(module):
             continue
         if module is head:
@@ -345,7 +349,7 @@ def _plan_other(full: str, leaf: str, module: nn.Module, parameter: torch.Tensor
     elif isinstance(module, nn.Linear):
         kind, note = type(module).__name__, "a subclass of nn.Linear: its weight may be read without calling it"
     elif len(shape) == 3 and "expert" in f"{full} {type(module).__name__}".lower():
-        kind, note = "Experts", "fused experts are not quantized by this version"
+        kind, note = "Experts", left_fused(module) or "experts in a layout that is not known"
     else:
         kind, note = type(module).__name__, "not a linear layer"
     size = parameter.numel() * parameter.element_size()

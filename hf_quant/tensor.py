@@ -74,6 +74,8 @@ class QuantizedTensor:
         scheme: the grid and its layout.
         shape: ``(out, in)``.
         nested: double-quantized scales (table grids with ``double_quant``), else None.
+        order: int32 ``[in]`` when the columns were reordered before they were cut into groups (GPTQ's act-order):
+            column j of the codes is column ``order[j]`` of the weight. None when every column is in its place.
     """
 
     packed: torch.Tensor
@@ -82,6 +84,7 @@ class QuantizedTensor:
     scheme: Scheme
     shape: tuple[int, int]
     nested: DoubleQuant | None = None
+    order: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         out, columns = self.shape
@@ -101,6 +104,8 @@ class QuantizedTensor:
             )
         if self.zero_point is not None:
             self._check("zero_point", self.zero_point, (out, groups), (torch.uint8,))
+        if self.order is not None:
+            self._check("order", self.order, (columns,), (torch.int32,))
 
     @staticmethod
     def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -126,7 +131,7 @@ class QuantizedTensor:
         return cls(pack_codes(codes, scheme.bits), plain, zero_point, scheme, shape, nested)
 
     def codes(self) -> torch.Tensor:
-        """uint8 codes ``[out, in]``, one per element."""
+        """uint8 codes ``[out, in]``, one per element, in the order in which they are stored (see ``order``)."""
         return unpack_codes(self.packed, self.scheme.bits, self.shape[1])
 
     def scales(self) -> torch.Tensor:
@@ -138,12 +143,13 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``[out, in]`` that this tensor stands for: computed in float32, rounded once to ``dtype``."""
-        return decode(self.codes(), self.scales(), self.zero_point, self.scheme).to(dtype)
+        stored = decode(self.codes(), self.scales(), self.zero_point, self.scheme).to(dtype)
+        return stored if self.order is None else torch.empty_like(stored).index_copy_(1, self.order.long(), stored)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor that is stored."""
         scales = (self.scale,) if self.nested is None else self.nested.tensors()
-        return tuple(t for t in (self.packed, *scales, self.zero_point) if t is not None)
+        return tuple(t for t in (self.packed, *scales, self.zero_point, self.order) if t is not None)
 
     @property
     def nbytes(self) -> int:
@@ -162,4 +168,5 @@ class QuantizedTensor:
             scale=None if self.scale is None else self.scale.to(device),
             zero_point=None if self.zero_point is None else self.zero_point.to(device),
             nested=nested,
+            order=None if self.order is None else self.order.to(device),
         )

@@ -36,6 +36,7 @@ WEIGHT, ABSMAX, MAP = "weight", "weight.absmax", "weight.quant_map"
 NESTED_ABSMAX, NESTED_MAP = "weight.nested_absmax", "weight.nested_quant_map"
 _STATES: dict[GridName, str] = {grid: f"weight.quant_state.bitsandbytes__{grid}" for grid in ("nf4", "fp4")}
 SUFFIXES = (WEIGHT, ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, *_STATES.values())
+SCALE = ""  # no tensor tells the dtype that scales were chosen in: they are float32 or codes
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK = 64  # what transformers quantizes with, and the config does not say
 VERSION = 1  # of our marker in the config

@@ -33,6 +33,7 @@ import torch
 from hf_quant.errors import FormatError
 from hf_quant.formats import fields
 from hf_quant.formats.matching import REGEX, compact, matches
+from hf_quant.formats.words import from_words, to_words, word_count
 from hf_quant.grids import PER_CHANNEL, Scheme
 from hf_quant.tensor import QuantizedTensor, pack_codes, unpack_codes
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hf_quant.plan import Plan
 
 NAME = "compressed-tensors"
+STORAGE = "pack-quantized"
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 SUFFIXES = (PACKED, SCALE, ZERO, SHAPE)
 VERSION = 1  # of our marker in the config
@@ -47,7 +49,7 @@ VERSION = 1  # of our marker in the config
 _PRESETS = {"W4A16": (4, True), "W8A16": (8, True), "W4A16_ASYM": (4, False)}
 _STATIC_ORDERS = (None, False, "weight", "static")  # columns keep their places; the others need a g_idx
 _NEVER_LINEAR = ("Embedding", "Norm", "Bias", "Experts", "Conv1D", "Parameter")  # no runtime reads them as Linear
-_OTHER = "load it with stock transformers, or with a runtime that supports it."
+OTHER = "load it with stock transformers, or with a runtime that supports it."
 
 
 def suffixes(scheme: Scheme) -> tuple[str, ...]:
@@ -58,7 +60,7 @@ def suffixes(scheme: Scheme) -> tuple[str, ...]:
 def holds(scheme: Scheme, kind: str, shape: tuple[int, ...]) -> str | None:
     """Why this format cannot hold a layer; None when it can."""
     if scheme.grid != "int":
-        return f"{NAME} pack-quantized holds integers, not {scheme.grid}; use format bitsandbytes"
+        return f"{NAME} {STORAGE} holds integers, not {scheme.grid}; use format bitsandbytes"
     if kind != "Linear":
         return f"{NAME} quantizes nn.Linear, not {kind}"
     if len(shape) != 2:
@@ -81,17 +83,19 @@ def encode(tensor: QuantizedTensor, *, dtype: torch.dtype | None = None, name: s
         FormatError: a scheme that the format cannot hold.
     """
     reason = holds(tensor.scheme, "Linear", tensor.shape)
+    if reason is None and tensor.order is not None:
+        reason = f"its columns are reordered (GPTQ's act-order), which {NAME} does not read"
     if reason is not None:
         raise FormatError(f"{name or 'the weight'} cannot be written: {reason}.", "choose another scheme or format.")
     assert tensor.scale is not None  # int grids are never nested
     encoded = {
-        PACKED: _to_words(tensor.packed),
+        PACKED: to_words(tensor.packed),
         SCALE: tensor.scale.contiguous(),
         SHAPE: torch.tensor(tensor.shape, dtype=torch.int64),
     }
     if tensor.zero_point is not None:
         by_column = pack_codes(tensor.zero_point.t().contiguous(), tensor.scheme.bits)
-        encoded[ZERO] = _to_words(by_column).t().contiguous()
+        encoded[ZERO] = to_words(by_column).t().contiguous()
     return encoded
 
 
@@ -113,14 +117,14 @@ def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme, *, name: str = "
     if reason is not None:
         raise FormatError(f"{fields.label(name, SHAPE)} is {sizes}: {reason}.", "the config and the file disagree.")
     groups = scheme.groups(columns)
-    words = fields.take(tensors, PACKED, name, (torch.int32,), (rows, _words(columns, scheme.bits)))
+    words = fields.take(tensors, PACKED, name, (torch.int32,), (rows, word_count(columns, scheme.bits)))
     scale = fields.take(tensors, SCALE, name, fields.FLOATS, (rows, groups))
     fields.check_finite(scale, name, SCALE)
-    packed = _from_words(words, columns, scheme.bits)
+    packed = from_words(words, columns, scheme.bits)
     zero_point = None
     if not scheme.symmetric:
-        zero_words = fields.take(tensors, ZERO, name, (torch.int32,), (_words(rows, scheme.bits), groups))
-        by_column = _from_words(zero_words.t().contiguous(), rows, scheme.bits)
+        zero_words = fields.take(tensors, ZERO, name, (torch.int32,), (word_count(rows, scheme.bits), groups))
+        by_column = from_words(zero_words.t().contiguous(), rows, scheme.bits)
         zero_point = unpack_codes(by_column, scheme.bits, rows).t().contiguous()
     elif ZERO in tensors:
         raise FormatError(
@@ -130,33 +134,7 @@ def decode(tensors: Mapping[str, torch.Tensor], scheme: Scheme, *, name: str = "
     return QuantizedTensor(packed, scale.contiguous(), zero_point, scheme, (rows, columns))
 
 
-def _words(elements: int, bits: int) -> int:
-    return -(-elements * bits // 32)
-
-
-def _to_words(packed: torch.Tensor) -> torch.Tensor:
-    """Canonical bytes ``[n, width]`` -> int32 ``[n, ceil(width/4)]``: both are the same little-endian bit stream."""
-    if packed.shape[1] % 4:
-        packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4))
-    flat = packed.reshape(-1)  # flat, as a [1, n] that was a [n, 1] has strides that view() refuses
-    if flat.storage_offset() % 4:
-        flat = flat.clone()
-    return flat.view(torch.int32).view(packed.shape[0], -1)
-
-
-def _from_words(words: torch.Tensor, elements: int, bits: int) -> torch.Tensor:
-    """int32 ``[n, words]`` -> canonical bytes of ``elements`` codes a row."""
-    packed = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
-    width = -(-elements * bits // 8)
-    half_byte = bits == 4 and elements % 2 == 1
-    if packed.shape[1] != width or half_byte:
-        packed = packed[:, :width].clone()
-    if half_byte:
-        packed[:, -1] &= 15  # padding that another writer may have left
-    return packed
-
-
-def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None, storage: str = STORAGE) -> dict[str, Any]:
     """The ``quantization_config`` of config.json for stock transformers, vLLM and compressed-tensors.
 
     One scheme: a single group that targets ``Linear``. Several: one group each, with names or patterns that match no
@@ -189,7 +167,7 @@ def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None) -> dict
     }
     return {
         "quant_method": NAME,
-        "format": "pack-quantized",
+        "format": storage,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": compact([q.name for q in plan.kept if len(q.shape) == 2 and q.kind not in _NEVER_LINEAR], universe),
@@ -264,12 +242,16 @@ class Resolver:
             return None
         reason = holds(scheme, kinds[0], (out_features, in_features))
         if reason is not None:
-            raise FormatError(f"the config quantizes {name} as {scheme.label}, but {reason}.", _OTHER)
+            raise FormatError(f"the config quantizes {name} as {scheme.label}, but {reason}.", OTHER)
         return scheme
 
 
-def read_config(config: Mapping[str, Any]) -> Resolver:
+def read_config(config: Mapping[str, Any], *, storage: str = STORAGE) -> Resolver:
     """Parse a ``quantization_config``, ours or anyone's.
+
+    Args:
+        config: as in config.json.
+        storage: how the weights must be stored.
 
     Raises:
         FormatError: not compressed-tensors, malformed, or something that hf-quant does not read, named: quantized
@@ -282,17 +264,17 @@ def read_config(config: Mapping[str, Any]) -> Resolver:
         )
     if config.get("quantization_status") != "compressed":
         raise FormatError(
-            f"quantization_status is {config.get('quantization_status')!r}: the weights are not packed.", _OTHER
+            f"quantization_status is {config.get('quantization_status')!r}: the weights are not packed.", OTHER
         )
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
         if config.get(key):
-            raise FormatError(f"{key} is set, which hf-quant does not support.", _OTHER)
+            raise FormatError(f"{key} is set, which hf-quant does not support.", OTHER)
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise FormatError("config_groups is empty or not a mapping.", "the config is damaged.")
     targets: dict[str, Scheme] = {}
     for key, group in groups.items():
-        names, scheme = _read_group(str(key), group, config.get("format"))
+        names, scheme = _read_group(str(key), group, config.get("format"), storage)
         targets.update(dict.fromkeys(names, scheme))
     ignore = config.get("ignore") or []
     if not _is_names(ignore):
@@ -304,29 +286,29 @@ def _is_names(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
-def _read_group(key: str, group: object, config_format: object) -> tuple[list[str], Scheme]:
+def _read_group(key: str, group: object, config_format: object, storage: str) -> tuple[list[str], Scheme]:
     where = f"config_groups[{key!r}]"
     if isinstance(group, (list, tuple)) and key.upper() in _PRESETS:
         bits, symmetric = _PRESETS[key.upper()]
         weights = {"num_bits": bits, "symmetric": symmetric, "group_size": 128}
         group = {"targets": group, "weights": weights}
     if not isinstance(group, Mapping):
-        raise FormatError(f"{where} is not a scheme that hf-quant reads.", _OTHER)
+        raise FormatError(f"{where} is not a scheme that hf-quant reads.", OTHER)
     names = group.get("targets")
     if not _is_names(names) or not names:
         raise FormatError(f"{where} has no list of targets.", "the config is damaged.")
     stored = group.get("format") or config_format
-    if stored != "pack-quantized":
-        raise FormatError(f"{where} is stored as {stored!r}; hf-quant reads pack-quantized.", _OTHER)
+    if stored != storage:
+        raise FormatError(f"{where} is stored as {stored!r}, expected {storage}.", OTHER)
     for part in ("input_activations", "output_activations"):
         if group.get(part) is not None:
-            raise FormatError(f"{where} quantizes {part}; hf-quant reads weight-only schemes.", _OTHER)
+            raise FormatError(f"{where} quantizes {part}; hf-quant reads weight-only schemes.", OTHER)
     return list(names), _read_weights(group.get("weights"), where)
 
 
 def _read_weights(weights: object, where: str) -> Scheme:
     if not isinstance(weights, Mapping):
-        raise FormatError(f"{where} has no weights.", _OTHER)
+        raise FormatError(f"{where} has no weights.", OTHER)
     bits, size = weights.get("num_bits", 8), weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     refused = {
@@ -341,6 +323,6 @@ def _read_weights(weights: object, where: str) -> Scheme:
     for key, is_refused in refused.items():
         if is_refused:
             value = strategy if key == "strategy" else weights.get(key)
-            raise FormatError(f"{where} weights: {key}={value!r} is not supported by hf-quant.", _OTHER)
+            raise FormatError(f"{where} weights: {key}={value!r} is not supported by hf-quant.", OTHER)
     group = PER_CHANNEL if strategy == "channel" else int(size or 0)
     return Scheme(bits=bits, symmetric=weights.get("symmetric", True), group_size=group)

@@ -14,11 +14,13 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from hf_quant.errors import HfQuantError
+from hf_quant.integrations.experts import expert_weights
 from hf_quant.nn.linear import QuantLinear
 from hf_quant.quantize.weight import quantize_weight
 
 if TYPE_CHECKING:
-    from hf_quant.integrations.transformers import HfQuantQuantizer, StockRuntime
+    from hf_quant.integrations.stock import StockRuntime
+    from hf_quant.integrations.transformers import HfQuantQuantizer
 
 
 class _Shared(ConversionOps):
@@ -29,7 +31,7 @@ class _Shared(ConversionOps):
 
 
 class Quantize(_Shared):
-    """One float weight -> the parameters of its QuantLinear."""
+    """One float weight -> the parameters of its QuantLinear; fused experts -> those of all their layers."""
 
     def __init__(self, hf_quantizer: HfQuantQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -43,18 +45,20 @@ class Quantize(_Shared):
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         assert model is not None
+        self.hf_quantizer.stop_awaiting(kwargs.get("missing_keys"))
         result: dict[str, torch.Tensor] = {}
-        for key, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            layer, _ = get_module_from_name(model, key)
-            name = key.removesuffix(".weight")
+        values = ((key, value[0] if isinstance(value, list) else value) for key, value in input_dict.items())
+        for name, layer, leaf, value in expert_weights(model, values):
+            if not isinstance(layer, QuantLinear) or leaf != "weight":
+                result[f"{name}.{leaf}"] = value.to(layer.get_parameter(leaf).dtype, copy=True).contiguous()
+                continue
             if self.hf_quantizer.failure is None:
                 try:
-                    result |= self._quantize(layer, name, weight)
+                    result |= self._quantize(layer, name, value)
                     continue
                 except HfQuantError as error:
                     self.hf_quantizer.note(error)
-            result |= _placeholders(layer, name, weight.device)
+            result |= _placeholders(layer, name, value.device)
         return result
 
     def _quantize(self, layer: QuantLinear, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,7 +92,8 @@ class Decode(_Shared):
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         assert model is not None and full_layer_name is not None
-        tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+        suffixes = self.hf_quantizer.patterns
+        tensors = {suffixes[k]: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
         layer, leaf = get_module_from_name(model, full_layer_name)
         if not isinstance(layer, QuantLinear):
             # a float weight whose name matches the format's own `weight`: cast as transformers would have done

@@ -20,7 +20,7 @@ from hf_quant.provenance import KEY, make_provenance
 if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
     from transformers import PreTrainedModel
 
-    from hf_quant.integrations.transformers import _Runtime
+    from hf_quant.integrations.transformers import Runtime
 
 logger = logging.getLogger("hf_quant")
 
@@ -42,7 +42,7 @@ def model_dtype(model: nn.Module, dtype: torch.dtype | str | None = None) -> tor
     return getattr(torch, found.removeprefix("torch.")) if isinstance(found, str) else found
 
 
-def publish(model: PreTrainedModel, quantizer: _Runtime) -> None:
+def publish(model: PreTrainedModel, quantizer: Runtime) -> None:
     """Give a quantized model the config that describes it to stock loaders, and its provenance."""
     config, plan = model.config, quantizer.plan
     assert plan is not None
@@ -55,7 +55,7 @@ def publish(model: PreTrainedModel, quantizer: _Runtime) -> None:
     try:
         # written anew for a checkpoint that was loaded, too: its config class keeps neither our marker nor, for a model
         # of another class, the right names
-        published = quantizer.format.quantization_config(plan, dtype=model_dtype(model))
+        published = quantizer.published_config(model)
     except FormatError as error:
         # it runs, but it cannot be saved as it is: is_serializable() says so before anything is written
         logger.info("this model cannot be saved: %s", error)

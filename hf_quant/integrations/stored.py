@@ -12,6 +12,8 @@ from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from hf_quant.errors import FormatError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,16 +28,26 @@ class StoredModule:
         name: in the file; another class of model, or another version of it, may call the module otherwise.
         shapes: suffix (``weight``, ``weight_packed``, ...) -> shape.
         dtypes: suffix -> safetensors dtype.
+        files: suffix -> the file that holds it.
     """
 
     name: str
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_packed(self) -> bool:
         """Whether it is quantized: it has more than a plain weight."""
         return bool(self.shapes.keys() - {"weight"})
+
+    def read(self, suffix: str) -> torch.Tensor:
+        """One of its tensors; raises FormatError when it has no such tensor."""
+        if suffix not in self.files:
+            raise FormatError(f"{self.name}.{suffix} is missing.", "the checkpoint is of another format, or damaged.")
+        with safe_open(self.files[suffix], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(f"{self.name}.{suffix}")
+        return found
 
 
 def stored_modules(
@@ -62,6 +74,7 @@ def stored_modules(
                 module = found.setdefault(name, StoredModule(name))
                 header = file.get_slice(key)
                 module.shapes[suffix], module.dtypes[suffix] = tuple(header.get_shape()), str(header.get_dtype())
+                module.files[suffix] = str(path)
     return _renamed(model, found)
 
 

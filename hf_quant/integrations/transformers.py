@@ -1,11 +1,9 @@
-"""The transformers plugin: quantize on load, load what was quantized on our own runtime, save in stock formats."""
+"""The transformers plugin: quantize on load, save in stock formats; what all our quantizers share."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,22 +14,22 @@ from accelerate.utils import align_module_device
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant.checkpoint import check_directory
 from hf_quant.config import QUANT_METHOD, HfQuantConfig
-from hf_quant.errors import CheckpointError, FormatError, HfQuantError
-from hf_quant.formats import FORMATS, Format, bitsandbytes, compressed_tensors
-from hf_quant.grids import Scheme
-from hf_quant.integrations.conversions import Decode, Quantize, is_ours
+from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.formats import FORMATS, Format
+from hf_quant.integrations.conversions import Quantize, is_ours
+from hf_quant.integrations.experts import ExpertsLoader
 from hf_quant.integrations.published import model_dtype, prepare, publish
-from hf_quant.integrations.stored import StoredModule, scale_dtype, stored_modules
 from hf_quant.kernels import registry
+from hf_quant.nn.experts import SplitExperts
 from hf_quant.nn.linear import QuantLinear
-from hf_quant.nn.swap import float_shape, put_empty, put_float, put_quantized, put_vectors, quantized_modules, untie
-from hf_quant.plan import Plan, is_linear, make_plan, plan_of_checkpoint
+from hf_quant.nn.splitting import split_experts, split_modules
+from hf_quant.nn.swap import put_empty, put_float, put_quantized, put_vectors, quantized_modules, untie
+from hf_quant.plan import Plan, make_plan
 from hf_quant.provenance import KEY
 from hf_quant.quantize.weight import quantize_weight
 
@@ -41,11 +39,8 @@ if TYPE_CHECKING:  # transformers imports its quantizers, and with them this fil
     from hf_quant.integrations.calibrated import Calibrated
 
 logger = logging.getLogger("hf_quant")
-RUNTIME_VARIABLE = "HF_QUANT_RUNTIME"
 _kernel: ContextVar[str] = ContextVar("hf_quant_kernel", default=registry.AUTO)
 _activations: ContextVar[str] = ContextVar("hf_quant_activations", default=registry.FLOAT)
-_STOCK = {compressed_tensors.NAME: compressed_tensors.NAME, "bitsandbytes_4bit": bitsandbytes.NAME}
-_replaced: dict[str, Any] = {}
 
 
 @contextmanager
@@ -60,8 +55,13 @@ def requested_kernel(name: str, activations: str = registry.FLOAT) -> Iterator[N
         _kernel.reset(token)
 
 
-class _Runtime(HfQuantizer):
-    """What both quantizers share: layers to swap, errors that survive transformers' loader, saving, expanding."""
+def requested() -> tuple[str, str]:
+    """The kernel and the activations that layers made now ask for."""
+    return _kernel.get(), _activations.get()
+
+
+class Runtime(ExpertsLoader):
+    """What our quantizers share: layers to swap, errors that survive transformers' loader, saving, expanding."""
 
     requires_calibration = False
 
@@ -70,6 +70,7 @@ class _Runtime(HfQuantizer):
         self.plan: Plan | None = None
         self.failure: HfQuantError | None = None
         self.format_name = ""
+        self.has_split_experts = False
 
     @property
     def format(self) -> Format:
@@ -110,8 +111,10 @@ class _Runtime(HfQuantizer):
         model._weight_conversions = [c for c in conversions if not is_ours(c)]  # type: ignore[assignment]
         if getattr(self.quantization_config, "dequantize", False):
             put_float(model, model_dtype(model))
+            self.put_together(model)
             self.remove_quantization_config(model)
             return model
+        self.has_split_experts = bool(split_modules(model))
         publish(model, self)
         prepare(model)
         return model
@@ -127,6 +130,7 @@ class _Runtime(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         put_float(model, model_dtype(model, dtype))
+        self.put_together(model)
         model.config.__dict__.pop(KEY, None)
         return model
 
@@ -145,8 +149,14 @@ class _Runtime(HfQuantizer):
 
     def is_serializable(self) -> bool:
         if self.plan is not None:
-            self.format.quantization_config(self.plan)  # raises FormatError for what the format cannot hold
+            self.published_config(None)  # raises FormatError for what the format cannot hold
         return True
+
+    def published_config(self, model: nn.Module | None) -> dict[str, Any]:
+        """The stock ``quantization_config`` of this model; raises FormatError when its format cannot hold it."""
+        assert self.plan is not None
+        dtype = None if model is None else model_dtype(model)
+        return self.format.quantization_config(self.plan, dtype=dtype)
 
     @property
     def is_trainable(self) -> bool:
@@ -154,10 +164,10 @@ class _Runtime(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return not self.has_split_experts  # which layers run is decided token by token
 
 
-class HfQuantQuantizer(_Runtime):
+class HfQuantQuantizer(Runtime):
     """``quantization_config=HfQuantConfig(...)``: a float checkpoint is quantized tensor by tensor as it is read."""
 
     quantization_config: HfQuantConfig
@@ -186,14 +196,17 @@ class HfQuantQuantizer(_Runtime):
         # a tied weight has no tensor of its own in the files: it is quantized when its partner has been loaded
         schemes = {q.name: q.scheme for q in self.plan.quantized if q.scheme and not q.untied_from}
         self._methods = {layer.name: layer.method for layer in self.plan.quantized}
+        split_experts(model, schemes)
+        self.await_fused(model)
         put_empty(model, schemes, getattr(torch, self.plan.scale_dtype), *self._requested())
 
     def _requested(self) -> tuple[str, str]:
         """The kernel and the activations to ask for: the config's own where it says more than its default."""
         kernel, activations = self.quantization_config.kernel, self.quantization_config.activations
+        asked = requested()
         return (
-            _kernel.get() if kernel == registry.AUTO else kernel,
-            _activations.get() if activations == registry.FLOAT else activations,
+            asked[0] if kernel == registry.AUTO else kernel,
+            asked[1] if activations == registry.FLOAT else activations,
         )
 
     def _check_loaded(self) -> None:
@@ -220,6 +233,7 @@ class HfQuantQuantizer(_Runtime):
             revision=getattr(config, "_commit_hash", None),
             trust_remote_code=type(model).__module__.startswith("transformers_modules"),
         )
+        split_experts(model, [layer.name for layer in self.plan.quantized])
         for layer in self.plan.quantized:
             device = model.get_parameter(f"{layer.name}.weight").device
             tensor = self.calibrated.journal.tensor(layer.name).to(device)
@@ -262,108 +276,15 @@ class HfQuantQuantizer(_Runtime):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, leaf = get_module_from_name(model, param_name)
-        return not self.pre_quantized and isinstance(module, QuantLinear) and leaf == "weight"
+        if self.pre_quantized or isinstance(module, SplitExperts):
+            return not self.pre_quantized and leaf in module.layout.parameters
+        return isinstance(module, QuantLinear) and leaf == "weight"
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize(self)
 
     def method(self, name: str) -> str:
         return self._methods[name]
-
-
-class StockRuntime(_Runtime):
-    """A checkpoint in a stock format, kept packed on our kernels."""
-
-    def __init__(
-        self,
-        quantization_config: QuantizationConfigMixin,
-        format_name: str,
-        stock: Callable[..., HfQuantizer],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.format_name = format_name
-        self.stock = stock
-        self.serialized_names = {"weight": list(self.format.SUFFIXES)}
-        # through JSON, because stock config classes hold enums and tuples where the file holds text and lists
-        self.resolver = self.format.read_config(json.loads(json.dumps(quantization_config.to_dict())))
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        files = kwargs.get("checkpoint_files")
-        self._check_files(model.config, files)
-        stored = stored_modules(model, files, self.format.SUFFIXES)
-        try:
-            schemes = self._schemes(model, stored)
-        except FormatError as error:
-            if hasattr(model.config, KEY):
-                raise  # a checkpoint of ours is damaged
-            logger.info("%s left to its stock quantizer: %s", model.config.name_or_path, error.problem)
-            self._hand_over(model, **kwargs)
-            return
-        dtype = model_dtype(model, kwargs.get("dtype"))
-        scales = scale_dtype((stored or {}).values(), compressed_tensors.SCALE) or dtype
-        self.plan = plan_of_checkpoint(model, schemes, self.format_name, str(scales).removeprefix("torch."))
-        put_empty(model, schemes, scales, _kernel.get(), _activations.get())
-
-    def _hand_over(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        stock = self.stock(self.quantization_config, pre_quantized=self.pre_quantized)
-        # only the headers told that we cannot run this checkpoint, and by now transformers holds this object
-        self.__class__, self.__dict__ = type(stock), vars(stock)
-        stock.validate_environment(device_map=kwargs.get("device_map"), weights_only=True)
-        stock._process_model_before_weight_loading(model, **kwargs)
-
-    def _schemes(self, model: nn.Module, stored: Mapping[str, StoredModule] | None) -> dict[str, Scheme]:
-        found: dict[str, Scheme] = {}
-        for name, module in model.named_modules():
-            scheme = self._scheme(name, module, stored) if name and is_linear(module) else None
-            if scheme is not None:
-                found[name] = scheme
-        return found
-
-    def _scheme(self, name: str, module: nn.Module, stored: Mapping[str, StoredModule] | None) -> Scheme | None:
-        """The file says whether a module is packed (a new head is not), the config how.
-
-        Raises:
-            FormatError: the two disagree, or a layout that our kernels do not hold.
-        """
-        rows, columns = float_shape(module)
-        kinds = (type(module).__name__,)
-        if stored is None:
-            return self.resolver(name, columns, rows, kinds)
-        found = stored.get(name)
-        if found is None or not found.is_packed:
-            return None
-        if self.format_name == bitsandbytes.NAME:
-            return bitsandbytes.scheme_from_shapes(found.shapes, columns, rows, name=name)
-        scheme = self.resolver(name, columns, rows, kinds) or self.resolver(found.name, columns, rows, kinds)
-        if scheme is None:
-            raise FormatError(
-                f"{found.name} is packed, but the quantization_config leaves it in float.",
-                "the config and the files belong to different checkpoints.",
-            )
-        return scheme
-
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": Decode}
-
-
-# --- registration ----------------------------------------------------------------------------------------------------
-
-
-def _dispatch(method: str) -> Callable[..., HfQuantizer]:
-    """A stand-in for a stock quantizer class: our runtime where it can hold the checkpoint, else the stock one."""
-    stock, format_name = _replaced[method], _STOCK[method]
-
-    def make(quantization_config: QuantizationConfigMixin, **kwargs: Any) -> HfQuantizer:
-        if kwargs.get("pre_quantized", True) and not getattr(quantization_config, "dequantize", False):
-            try:
-                return StockRuntime(quantization_config, format_name, stock, **kwargs)
-            except FormatError as error:
-                logger.info("%s checkpoint left to its stock quantizer: %s", method, error.problem)
-        found: HfQuantizer = stock(quantization_config, **kwargs)
-        return found
-
-    return make
 
 
 def register() -> None:
@@ -375,26 +296,4 @@ def register() -> None:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, HfQuantConfig)
 
 
-def enable() -> None:
-    """Load compressed-tensors and bitsandbytes 4-bit checkpoints on our runtime, where it supports them."""
-    for method in _STOCK:
-        if method not in _replaced:
-            _replaced[method] = auto.AUTO_QUANTIZER_MAPPING[method]
-            auto.AUTO_QUANTIZER_MAPPING[method] = _dispatch(method)
-
-
-def disable() -> None:
-    """Give compressed-tensors and bitsandbytes checkpoints back to their stock quantizers."""
-    while _replaced:
-        method, stock = _replaced.popitem()
-        auto.AUTO_QUANTIZER_MAPPING[method] = stock
-
-
-def enable_by_default() -> None:
-    """At import: :func:`enable`, unless the environment variable HF_QUANT_RUNTIME is ``stock``."""
-    register()
-    if os.environ.get(RUNTIME_VARIABLE, "hf_quant") != "stock":
-        enable()
-
-
-enable_by_default()
+register()

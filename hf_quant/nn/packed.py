@@ -57,6 +57,8 @@ class PackedWeight(nn.Module):
     FLOATS: ClassVar[tuple[str, ...]] = ()  # parameters beside the weight's, in the dtype of the model
     LOOKS_UP: ClassVar[bool] = False  # rows of the weight are looked up, too
 
+    REORDERS: ClassVar[bool] = False  # the columns of the weight are reordered
+
     weight: nn.Parameter
     weight_scale: nn.Parameter
 
@@ -108,7 +110,8 @@ class PackedWeight(nn.Module):
 
     def named_tensors(self, tensor: QuantizedTensor) -> dict[str, nn.Parameter]:
         """The parameters that hold ``tensor``, by name; raises FormatError when it belongs to another layer."""
-        if tensor.scheme != self.scheme or tensor.shape != (self.out_features, self.in_features):
+        fits = (tensor.order is not None) == self.REORDERS
+        if not fits or tensor.scheme != self.scheme or tensor.shape != (self.out_features, self.in_features):
             raise FormatError(
                 f"{tensor.scheme.label} {list(tensor.shape)} does not fit a layer of "
                 f"{self.scheme.label} [{self.out_features}, {self.in_features}].",
@@ -130,6 +133,10 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight in the canonical packing, bit for bit what was loaded or assigned."""
+        return self._stored()
+
+    def _stored(self) -> QuantizedTensor:
+        """What kernels run: the weight with its columns as they are stored."""
         with _PREPARE:
             found = {name: p.data for name, p in self._parameters.items() if p is not None} | self._canonical()
         nested, scale = None, None
@@ -177,7 +184,7 @@ class PackedWeight(nn.Module):
                 self._restore()
                 relayout = not self._is_offloaded()
                 selection = registry.select(spec, self.kernel_request, relayout, self.LOOKS_UP)
-                prepared = selection.kernel.prepare(self.quantized(), spec)
+                prepared = selection.kernel.prepare(self._stored(), spec)
                 self.weight.data = prepared.weight
                 if prepared.scale is not None:
                     self.weight_scale.data = prepared.scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_quant.grids import Scheme
 from hf_quant.kernels import registry
 from hf_quant.nn.linear import QuantLinear
+from hf_quant.nn.ordered import OrderedQuantLinear
 from hf_quant.tensor import QuantizedTensor
 
 
@@ -34,13 +35,18 @@ def put_empty(
     scale_dtype: torch.dtype,
     kernel: str,
     activations: str = registry.FLOAT,
+    ordered: Collection[str] = (),
 ) -> None:
-    """Replace the named float layers by empty QuantLinears on the meta device, to be filled by a loader."""
+    """Replace the named float layers by empty QuantLinears on the meta device, to be filled by a loader.
+
+    The columns of those in ``ordered`` are reordered.
+    """
     for name, scheme in schemes.items():
         module = model.get_submodule(name)
         rows, columns = float_shape(module)
         bias = module.bias
-        layer = QuantLinear(
+        kind = OrderedQuantLinear if name in ordered else QuantLinear
+        layer = kind(
             columns,
             rows,
             scheme,
@@ -63,7 +69,8 @@ def put_quantized(
     module = model.get_submodule(name)
     bias = module.bias
     given = bias if isinstance(bias, torch.Tensor) else None
-    layer = QuantLinear.from_quantized(tensor, given, kernel, activations)
+    kind = QuantLinear if tensor.order is None else OrderedQuantLinear
+    layer = kind.from_quantized(tensor, given, kernel, activations)
     layer.transposed_source = isinstance(module, Conv1D)
     layer.train(module.training)
     model.set_submodule(name, layer)

@@ -114,6 +114,10 @@ def merge_delta(
     """
     if tuple(delta.shape) != base.shape:
         raise WeightError(f"{name}: the update is {list(delta.shape)}, the weight {list(base.shape)}.", "pass its own.")
+    if base.order is not None:  # groups are of stored columns
+        stored = replace(base, order=None)
+        merged, cost = merge_delta(stored, delta.index_select(1, base.order.to(delta.device)), name=name, seed=seed)
+        return replace(merged, order=base.order), cost
     delta = delta.to(device=base.device, dtype=torch.float32)
     if not torch.isfinite(delta).all():
         raise WeightError(f"{name}: the update holds NaN or Inf.", "the adapter is damaged, or its training diverged.")

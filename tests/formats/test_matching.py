@@ -92,9 +92,16 @@ def test_broken_patterns_are_named() -> None:
 
 
 def test_registry() -> None:
-    assert {format_for("int"), format_for("nf4"), format_for("fp4")} == set(FORMATS)
+    assert {format_for("int"), format_for("nf4"), format_for("fp4")} <= set(FORMATS)
     assert all(name == FORMATS[name].NAME for name in FORMATS)
     assert format_of({"quant_method": "compressed-tensors"}) == "compressed-tensors"
     assert format_of({"load_in_4bit": True}) == format_of({"quant_method": "bitsandbytes"}) == "bitsandbytes"
-    with pytest.raises(FormatError, match="quant_method 'gptq'"):
-        format_of({"quant_method": "gptq"})
+    assert format_of({"quant_method": "gptq"}) == format_of({"quant_method": "gptq", "format": "gptq"}) == "gptq"
+    assert format_of({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}) == "gptq_v2"
+    assert format_of({"quant_method": "awq", "version": "gemm"}) == "awq"
+    groups = {"config_groups": {"group_0": {"format": "naive-quantized"}}}
+    assert format_of({"quant_method": "compressed-tensors", **groups}) == "naive-quantized"
+    with pytest.raises(FormatError, match="gptq is stored as 'marlin'"):
+        format_of({"quant_method": "gptq", "checkpoint_format": "marlin"})
+    with pytest.raises(FormatError, match="quant_method 'hqq'"):
+        format_of({"quant_method": "hqq"})

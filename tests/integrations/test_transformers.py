@@ -497,7 +497,7 @@ def test_disable_gives_the_stock_quantizer(recipe, quantized, stock_runtime) -> 
 def test_enable_and_register_may_be_repeated() -> None:
     before = dict(AUTO_QUANTIZER_MAPPING)
     hf_quant.enable()
-    from hf_quant.integrations.transformers import enable_by_default
+    from hf_quant.integrations.stock import enable_by_default
 
     enable_by_default()
     assert before == AUTO_QUANTIZER_MAPPING
