@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_quant.errors import KernelError
-from hf_quant.kernels import native_library, native_ops, tiles
+from hf_quant.kernels import memory, native_library, native_ops, tiles
 from hf_quant.kernels.autograd import linear_by_rows
 from hf_quant.kernels.native_library import DTYPES
 from hf_quant.kernels.native_ops import Described
@@ -80,9 +80,9 @@ class NativeKernel(Kernel):
     @torch.no_grad()
     def prepare(self, tensor: QuantizedTensor, spec: LayerSpec) -> NativePrepared:
         codes = native_ops.pack(tensor.packed, spec.out_features, spec.in_features, spec.scheme.bits)
-        scale = tiles.rows_to_tiles(tensor.scales())
+        scale = memory.kept(tiles.rows_to_tiles(tensor.scales()))
         extras = {"scale": scale}
-        zero = None if tensor.zero_point is None else tiles.rows_to_tiles(tensor.zero_point)
+        zero = None if tensor.zero_point is None else memory.kept(tiles.rows_to_tiles(tensor.zero_point))
         if zero is not None:
             extras["zero_point"] = zero
         described = native_ops.describe(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_quant.grids import GridName, levels
+from hf_quant.kernels import memory
 from hf_quant.kernels.native_library import DTYPES, Functions, Weight, check, functions
 
 
@@ -87,7 +88,7 @@ def _table(grid: GridName) -> torch.Tensor:
 def pack(canonical: torch.Tensor, out: int, in_features: int, bits: int) -> torch.Tensor:
     """Canonical bytes of the codes -> tiled bytes ``[n]``, a little more of them where a tile is not full."""
     library = functions()
-    tiled = canonical.new_empty(library.codes_bytes(out, in_features, bits))
+    tiled = memory.empty(library.codes_bytes(out, in_features, bits))
     source = canonical.contiguous()
     check(library.pack(source.data_ptr(), tiled.data_ptr(), out, in_features, bits, torch.get_num_threads()))
     return tiled
