@@ -24,7 +24,9 @@ class ExpertsLoader(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
         """Without those that merge the experts of a checkpoint into one tensor, where experts were taken apart."""
-        endings = [f".{name}.{leaf}" for name, module in split_modules(model).items() for leaf in module.layout.parameters]
+        endings = [
+            f".{name}.{leaf}" for name, module in split_modules(model).items() for leaf in module.layout.parameters
+        ]
         kept = []
         for conversion in weight_conversions:
             merged = merged_leaves(conversion) if endings else None
@@ -35,8 +37,11 @@ class ExpertsLoader(HfQuantizer):
         found: list[WeightTransform] = super().update_weight_conversions(kept, model)
         return found
 
-    def split_to_compare(self, model: nn.Module) -> None:
-        """Take experts apart to see whether a checkpoint has them quantized; free of cost on the meta device."""
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Take experts apart to see whether a checkpoint has them quantized; free of cost on the meta device.
+
+        transformers would replace a few kinds of experts by modules of its own here.
+        """
         split_experts(model)
 
     def keep_split(self, model: nn.Module, quantized: Collection[str]) -> None:
@@ -44,6 +49,11 @@ class ExpertsLoader(HfQuantizer):
         names = split_modules(model)
         if not any(layer.startswith(f"{name}.") for name in names for layer in quantized):
             fuse_experts(model)
+
+    def leave_to_stock(self, model: Any) -> None:
+        """After that: as transformers' own quantizers want the model."""
+        fuse_experts(model)
+        super()._convert_model_for_quantization(model)
 
     def await_fused(self, model: nn.Module) -> None:
         """Let split experts also take the fused tensors of a checkpoint: they get parameters of those names for now."""

@@ -10,10 +10,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant.checkpoint import TensorInfo, read_headers
+from hf_quant.integrations.experts import ExpertsLoader
+from hf_quant.nn.splitting import split_experts
 from hf_quant.plan import Plan, PlannedLayer
 
 METHOD = "hf_quant_shell"
@@ -63,11 +64,12 @@ class _ShellConfig(QuantizationConfigMixin):
         self.absent = absent
 
 
-class _ShellQuantizer(HfQuantizer):
+class _ShellQuantizer(ExpertsLoader):
     requires_calibration = False
     quantization_config: _ShellConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        split_experts(model, self.quantization_config.absent)
         for name in self.quantization_config.absent:
             module = model.get_submodule(name)
             bias = module.bias
@@ -105,6 +107,7 @@ def open_shell(
     where = _locate(getattr(kind, "base_model_prefix", ""), plan, read_headers(directory))
     if where is None:
         model = kind.from_pretrained(directory, dtype=torch.float32, **extra).eval()
+        split_experts(model, [layer.name for layer in plan.quantized])
         return model, ModelWeights(model)
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(_ShellConfig)

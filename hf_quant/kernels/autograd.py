@@ -24,7 +24,10 @@ class _FrozenWeight(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, y: torch.Tensor, kernel: Kernel, prepared: Prepared, spec: LayerSpec
     ) -> torch.Tensor:
         ctx.kernel, ctx.prepared, ctx.spec = kernel, prepared, spec
-        return y.view_as(y)
+        if torch.compiler.is_compiling():
+            return y.view_as(y)
+        # the same memory, but no view: autograd forbids models to write into a view that a function returns
+        return y.new_empty(0).set_(y)  # type: ignore[call-overload]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

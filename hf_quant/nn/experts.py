@@ -1,10 +1,10 @@
 """Fused experts taken apart: 3-D parameters of one module become a linear layer per expert and projection, and back.
 
-transformers holds the experts of a layer as ``gate_up_proj [experts, 2*inter, hidden]`` (or ``up_proj``) and ``down_proj
-[experts, hidden, inter]``, some of them transposed, interleaved or with biases, and computes with them through one
-interface (``transformers.integrations.moe.use_experts_implementation``). Everything else in hf-quant knows linear
-layers, so the experts become linear layers, under the names that checkpoints have (``experts.3.gate_proj``). The gating
-function stays the model's own. :mod:`hf_quant.nn.splitting` says which modules can be taken apart.
+transformers holds the experts of a layer as ``gate_up_proj [experts, 2*inter, hidden]`` (or ``up_proj``) and
+``down_proj [experts, hidden, inter]``, some of them transposed, interleaved or with biases, and computes with them
+through one interface (``transformers.integrations.moe.use_experts_implementation``). Everything else in hf-quant knows
+linear layers, so the experts become linear layers, under the names that checkpoints have (``experts.3.gate_proj``).
+The gating function stays the model's own. :mod:`hf_quant.nn.splitting` says which modules can be taken apart.
 """
 
 from __future__ import annotations

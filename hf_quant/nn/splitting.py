@@ -11,12 +11,12 @@ import inspect
 import itertools
 import re
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
@@ -57,6 +57,17 @@ def split_experts(model: nn.Module, wanted: Collection[str] | None = None) -> li
     for name, layout in found.items():
         model.set_submodule(name, _split(model.get_submodule(name), layout, leaves, name))
     return list(found)
+
+
+@contextmanager
+def experts_apart(model: nn.Module, wanted: Collection[str]) -> Iterator[None]:
+    """:func:`split_experts`; what goes wrong inside leaves the model as it was."""
+    split_experts(model, wanted)
+    try:
+        yield
+    except BaseException:
+        fuse_experts(model)
+        raise
 
 
 def fuse_experts(model: nn.Module) -> None:
@@ -119,9 +130,10 @@ def merged_leaves(conversion: object) -> tuple[str, tuple[str, ...]] | None:
 
 def leaf_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Ending of a fused parameter's name -> the names that a checkpoint of this model has for its parts."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
-    found = (merged_leaves(conversion) for conversion in get_model_conversion_mapping(model))
+    if not hasattr(model, "base_model_prefix"):
+        return {}  # not a model of transformers
+    mapping = get_model_conversion_mapping(cast(Any, model), add_legacy=False)
+    found = (merged_leaves(conversion) for conversion in mapping)
     return dict(pair for pair in found if pair is not None)
 
 
@@ -171,7 +183,8 @@ def _candidates(module: nn.Module) -> Iterator[Layout]:
     declared = hasattr(module, "is_transposed")
     batched = len(inspect.signature(type(module).forward).parameters) == 2
     orders = (not module.is_concatenated,) if declared else (False, True)
-    for transposed, interleaved in itertools.product((module.is_transposed,) if declared else (False, True), orders):
+    sides = (bool(module.is_transposed),) if declared else (False, True)
+    for transposed, interleaved in itertools.product(sides, orders):
         outer, hidden = first.shape[:0:-1] if transposed else first.shape[1:]
         inter = outer // 2 if gated else outer
         expected = (inter, hidden) if transposed else (hidden, inter)
@@ -218,8 +231,9 @@ def _agrees(module: nn.Module, layout: Layout) -> bool:
             elif type(value) is int and value == layout.inter != hidden:
                 setattr(made, name, inter)
         if hasattr(module, "config"):
-            made.config = copy.copy(module.config)
-            made.config._experts_implementation_internal = "eager"
+            config: Any = copy.copy(module.config)
+            config._experts_implementation_internal = "eager"
+            made.config = config
         return made
 
     tensors = {name: values(*shape, scale=shape[-1] ** -0.5) for name, shape in (shapes | biases).items()}
