@@ -24,6 +24,7 @@ from hf_quant.evaluation.sources import quiet_loading
 from hf_quant.evaluation.stream import LogitStream
 from hf_quant.integrations.calibrated import Session
 from hf_quant.integrations.shell import ModelWeights
+from hf_quant.nn.splitting import split_experts
 from hf_quant.plan import make_plan
 from hf_quant.plots import draw_budget
 from hf_quant.quantize.allocate import Budget
@@ -175,7 +176,9 @@ def _float_model(directory: Path, trust_remote_code: bool) -> Any:
     settings_ = read_settings(directory, trust_remote_code=trust_remote_code)
     extra = {"trust_remote_code": True} if trust_remote_code else {}
     with quiet_loading():
-        return model_class(settings_).from_pretrained(directory, dtype=torch.float32, **extra).eval()
+        model = model_class(settings_).from_pretrained(directory, dtype=torch.float32, **extra).eval()
+    split_experts(model)  # they are weighed one by one
+    return model
 
 
 def _sensitivity(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_quant.nn.experts import Routed
+
 
 @dataclass
 class Moments:
@@ -69,3 +71,24 @@ def token_rows(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if values.shape[:-1] == mask.shape or values.shape[0] == keep.numel():
             return values.reshape(-1, values.shape[-1])[keep].to(torch.float32)
     return values.reshape(-1, values.shape[-1]).to(torch.float32)
+
+
+def rows_of_same_tokens(
+    seen: torch.Tensor, exact: torch.Tensor | None, routed: Routed, mask: torch.Tensor | None
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Inputs of an expert's layer, float32 ``[n, in]``: of the tokens that got there in both models, and of the others.
+
+    Padding is dropped, and what is all zero: some models give all tokens to an expert, multiplied by nothing.
+    """
+    used = seen.abs().amax(1) > 0
+    if mask is not None:
+        used &= mask.reshape(-1).bool()[routed.rows]
+    seen, rows = seen[used].to(torch.float32), routed.rows[used]
+    other = None if exact is None else Routed.of(exact)
+    if exact is None or other is None or other.tokens != routed.tokens:
+        return [(seen, None)]
+    place = torch.full((other.tokens,), -1, device=rows.device)
+    place[other.rows] = torch.arange(len(other.rows), device=rows.device)
+    found = place[rows]
+    both = found >= 0
+    return [(seen[both], exact[found[both]].to(torch.float32)), (seen[~both], None)]

@@ -12,14 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 GATED, PLAIN, DOWN = "gate_up_proj", "up_proj", "down_proj"
 LEAVES = ("gate_proj", "up_proj", "down_proj")
-ROWS = "_hf_quant_rows"  # attribute of an expert's input: int64 [n], the rows of the module's input that it consists of
+_ROUTED = "_hf_quant_routed"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,18 @@ class Layout:
         """Names of the fused parameters."""
         names = (self.first, DOWN)
         return (*names, *(f"{name}_bias" for name in names)) if self.biased else names
+
+
+class Routed(NamedTuple):
+    """Which tokens an input of an expert's layer is made of: int64 ``[n]``, of so many."""
+
+    rows: torch.Tensor
+    tokens: int
+
+    @staticmethod
+    def of(x: torch.Tensor) -> Routed | None:
+        """What a layer's input was marked with; None outside of experts."""
+        return getattr(x, _ROUTED, None)
 
 
 class Expert(nn.Module):
@@ -126,21 +138,21 @@ class SplitExperts(nn.Module):
             places = order[start : start + count]
             start += count
             rows = places // k
-            found.index_copy_(0, places, self._run(expert, hidden_states[rows], rows).to(found.dtype))
+            output = self._run(expert, hidden_states[rows], Routed(rows, tokens))
+            found.index_copy_(0, places, output.to(found.dtype))
         weighted = found * weights.reshape(-1, 1)
         return weighted.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
     def _batched(self, hidden_states: torch.Tensor) -> torch.Tensor:
         pieces = hidden_states.reshape(self.layout.experts, -1, self.layout.hidden)
-        rows = torch.arange(len(hidden_states), device=hidden_states.device).view(self.layout.experts, -1)
-        parts = zip(pieces.unbind(), rows.unbind(), strict=True)
-        return torch.cat([self._run(expert, piece, which) for expert, (piece, which) in enumerate(parts)])
+        routed = Routed(torch.arange(pieces.shape[1], device=pieces.device), pieces.shape[1])
+        return torch.cat([self._run(expert, piece, routed) for expert, piece in enumerate(pieces.unbind())])
 
-    def _run(self, expert: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _run(self, expert: int, x: torch.Tensor, routed: Routed) -> torch.Tensor:
         layers = self.get_submodule(str(expert))._modules
         gate, up, down = (layers.get(leaf) for leaf in self.leaves)
         assert up is not None and down is not None
-        _mark(x, rows)
+        _mark(x, routed)
         if gate is None:
             hidden = self.original.act_fn(up(x))  # type: ignore[operator]
         elif hasattr(self.original, "_apply_gate"):
@@ -150,7 +162,7 @@ class SplitExperts(nn.Module):
         else:
             gated = self.original.act_fn(gate(x))  # type: ignore[operator]
             hidden = gated * up(x)
-        _mark(hidden, rows)
+        _mark(hidden, routed)
         output: torch.Tensor = down(hidden)
         if getattr(self.original, "has_post_expert_norm", False):
             output = self.original.post_expert_norm(output)  # type: ignore[operator]
@@ -181,9 +193,9 @@ class SplitExperts(nn.Module):
         return self.original.train(self.training)
 
 
-def _mark(x: torch.Tensor, rows: torch.Tensor) -> None:
+def _mark(x: torch.Tensor, routed: Routed) -> None:
     if not torch.compiler.is_compiling():
-        setattr(x, ROWS, rows)
+        setattr(x, _ROUTED, routed)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, grad: bool) -> nn.Linear:

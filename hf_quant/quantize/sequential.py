@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_quant.calibration.data import CalibrationData
-from hf_quant.calibration.statistics import Moments, token_rows
+from hf_quant.calibration.statistics import Moments, rows_of_same_tokens, token_rows
 from hf_quant.errors import CalibrationError
+from hf_quant.nn.experts import Routed
 from hf_quant.nn.forwards import bias_of
 from hf_quant.plan import Plan
 from hf_quant.quantize.blocks import Block, find_blocks
@@ -38,6 +39,7 @@ logger = logging.getLogger("hf_quant")
 CALIBRATED = "gptq"
 FALLBACK = "search"
 FEW_TOKENS = 32  # a layer that saw fewer is quantized without data
+FEW = "calibration tokens reached it"
 HELD_OUT = 8  # one batch of so many judges the corrections
 
 
@@ -163,6 +165,10 @@ class _Walk:
                 self._quantize(name, None)
         for unit in dict.fromkeys(self.unit_of[name] for name in self.tensors):
             self._flush(unit)
+        without = [name for name, result in self.done.items() if FEW in result.note]
+        if without:
+            few = f"{len(without)} layers saw fewer than {FEW_TOKENS} calibration tokens"
+            logger.warning("%s and were quantized without data: %s", few, ", ".join(without))
         return list(self.done.values())
 
     def _visit(self, name: str, pairs: Sequence[_Pair]) -> None:
@@ -213,9 +219,14 @@ class _Walk:
             seen = pair.quantized.inputs
             assert seen is not None
             exact = pair.exact.inputs if pair.exact.layer == name and self.rungs.drift else None
+            moments, routed = (held_out if pair.held_out else train), Routed.of(seen)
+            if routed is not None:
+                for rows_seen, rows_exact in rows_of_same_tokens(seen, exact, routed, pair.mask.get((routed.tokens,))):
+                    moments.add(rows_seen, rows_exact, None)
+                continue
+            mask = pair.mask.get(tuple(seen.shape[:-1]))
             if exact is not None and exact.shape != seen.shape:
                 exact = None
-            mask = pair.mask.get(tuple(seen.shape[:-1]))
             rows = [token_rows(seen, mask), None if exact is None else token_rows(exact, mask)]
             gap, loudness = self._gap(name, pair, seen, mask, weight)
             if not self.rungs.residual:
@@ -223,7 +234,7 @@ class _Walk:
             if gap is not None and loudness is not None and self.rungs.loudness:
                 rows, gap = [None if row is None else row / loudness for row in rows], gap / loudness
             assert rows[0] is not None
-            (held_out if pair.held_out else train).add(rows[0], rows[1], gap)
+            moments.add(rows[0], rows[1], gap)
         self.shared = _Shared(self.unit_of[name], [weakref.ref(found) for found in inputs], train, held_out)
         return self.shared
 
@@ -257,7 +268,7 @@ class _Walk:
         tokens = shared.train.tokens + shared.held_out.tokens if shared is not None else 0
         if layer.method != CALIBRATED or shared is None or tokens < FEW_TOKENS:
             method = layer.method if layer.method != CALIBRATED else FALLBACK
-            note = "" if layer.method != CALIBRATED else f"only {tokens} calibration tokens reached it: data-free"
+            note = "" if layer.method != CALIBRATED else f"only {tokens} {FEW}: data-free"
             tensor = quantize_weight(weight, layer.scheme, method, scale_dtype=self.scale_dtype, name=name)
             self.tensors[name] = tensor
             self._count(LayerResult(name, method, tokens, note=note))
