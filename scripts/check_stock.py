@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import publish, record
-from peer_environments import make_environment
+from measuring import publish, record  # type: ignore[import-not-found]
+from peer_environments import make_environment  # type: ignore[import-not-found]
 from safetensors.torch import load_file
-from stock_peers.child import IDS
+from stock_peers.child import IDS  # type: ignore[import-not-found]
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -186,8 +186,8 @@ _FIGURES = ("difference", "kl", "stock_rounding", "our_rounding")
 _CAPTION = (
     "Small random models, 2 × 64 tokens; each checkpoint packed by the format's own library (compressed-tensors 0.20, "
     "GPTQModel 7.6, bitsandbytes 0.50), loaded by stock transformers with it, and by hf-quant. Largest differences of "
-    "logits (which go up to 6) and KL(stock ‖ ours) in nats per token over the models; float32: the same packed weights "
-    "expanded and computed in float32."
+    "logits (which go up to 6) and KL(stock ‖ ours) in nats per token over the models; float32: the same packed "
+    "weights expanded and computed in float32."
 )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_quant.cli import chatting, demonstrating, inspecting, measuring, publishing, quantizing
+from hf_quant.cli import chatting, converting, demonstrating, inspecting, measuring, publishing, quantizing
 from hf_quant.cli.output import ARGUMENTS, err, print_error
 from hf_quant.errors import HfQuantError
 from hf_quant.version import __version__
@@ -99,6 +99,7 @@ app.command("evaluate")(measuring.evaluate)
 app.command("card")(measuring.card)
 app.command("push")(publishing.push)
 app.command("inspect")(inspecting.inspect)
+app.command("convert")(converting.convert)
 app.command("chat")(chatting.chat)
 app.command("demo")(demonstrating.demo)
 

@@ -34,7 +34,8 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint, which kernel runs each layer here and why, and where the checkpoint comes from.
 
-    Exit code 1 when a file is missing, changed or not recorded.
+    Checkpoints that others made (compressed-tensors, bitsandbytes 4-bit, GPTQ, AWQ) have no digests to compare. Exit
+    code 1 when a file is missing, changed or not recorded.
 
     [bold]Examples[/bold]
 
@@ -46,12 +47,14 @@ def inspect(
     """
     quiet_libraries()
     from hf_quant import api
-    from hf_quant.checkpoint import check_directory, read_manifest, verify_manifest
+    from hf_quant.checkpoint import MANIFEST_FILE, Manifest, check_directory, read_manifest, verify_manifest
     from hf_quant.nn.fused import describe_fused
+    from hf_quant.provenance import plan_rows
 
     check_directory(directory)
-    manifest = read_manifest(directory)
-    verification = verify_manifest(directory) if verify else None
+    recorded = (directory / MANIFEST_FILE).exists()
+    manifest = read_manifest(directory) if recorded else Manifest(files={}, provenance={}, plan=[])
+    verification = verify_manifest(directory) if verify and recorded else None
     whole = verification is None or verification.ok
     reports: list[LayerReport] = []
     decoders: list[FusedReport] = []
@@ -66,6 +69,9 @@ def inspect(
         )
         reports = api.inspect_model(model)
         decoders = describe_fused(model)
+        if not recorded:
+            plan = model.hf_quantizer.plan
+            manifest = Manifest(files={}, provenance={"format": plan.format}, plan=plan_rows(plan))
     if json:
         print_json(
             {
@@ -79,8 +85,10 @@ def inspect(
         )
     else:
         _print_provenance(directory, manifest.provenance)
-        out.print(f"files       {len(manifest.files)}, {size(sum(entry.bytes for entry in manifest.files.values()))}")
-        out.print(f"digests     {'not compared' if verification is None else verification}")
+        if recorded:
+            total = sum(entry.bytes for entry in manifest.files.values())
+            out.print(f"files       {len(manifest.files)}, {size(total)}")
+            out.print(f"digests     {'not compared' if verification is None else verification}")
         if whole:
             out.print()
             _print_layers(reports, one_by_one=layers)
@@ -104,7 +112,14 @@ def _plain(report: LayerReport) -> dict[str, Any]:
 def _print_provenance(directory: Path, provenance: Mapping[str, Any]) -> None:
     recipe = provenance.get("recipe") or {}
     out.print(f"[bold]{directory}[/bold]")
+    if "version" not in provenance:
+        out.print(f"format      {provenance.get('format')}, not made by hf-quant: nothing is recorded to compare with")
+        return
     out.print(f"format      {provenance.get('format')}, made by hf-quant {provenance.get('version')}")
+    if "converted_from" in provenance:
+        out.print(f"converted   from {provenance['converted_from']}, weights unchanged")
+    if "method" not in provenance:
+        return
     out.print(f"method      {provenance.get('method')}")
     shown = {key: value for key, value in recipe.items() if key != "quant_method" and value not in ([], {}, None)}
     out.print("recipe      " + ", ".join(f"{key}={value}" for key, value in shown.items()))
@@ -153,7 +168,7 @@ def _print_decoders(decoders: Sequence[FusedReport]) -> None:
 def _print_kept(plan: Sequence[Mapping[str, Any]]) -> None:
     groups: dict[tuple[str, str, str], int] = {}
     for row in plan:
-        if row.get("label") is None:
+        if row.get("label") is None and not row.get("shares"):
             key = (grouped_name(str(row["name"])), str(row.get("kind", "")), str(row.get("note", "")))
             groups[key] = groups.get(key, 0) + 1
     rows = table("left in float", "×", "kind", "why", right=("×",))

@@ -320,10 +320,11 @@ def _blocks(plan: Plan) -> tuple[str, list[list[str]] | None]:
 def check_in_blocks(names: Sequence[str]) -> list[tuple[str, str]]:
     """(where its blocks are, its name in a block) of every layer; raises FormatError for one outside of the blocks."""
     splits = [_split(name) for name in names]
-    for name, (prefix, _) in zip(names, splits, strict=True):
-        if not prefix:
+    for name, (prefix, leaf) in zip(names, splits, strict=True):
+        if not prefix or any(part.isdecimal() for part in leaf.split(".")):
+            where = "is one of several experts" if prefix else "is in no block"
             raise FormatError(
-                f"{name} is in no block; transformers reads GPTQ and AWQ layers of the blocks only.",
+                f"{name} {where}; transformers reads GPTQ and AWQ in the linear layers of the blocks only.",
                 "leave it in float, or use compressed-tensors.",
             )
     return splits

@@ -69,8 +69,8 @@ def write(job: dict[str, Any], pack: Pack, config: dict[str, Any], dtype: torch.
 
 def write_gptq(job: dict[str, Any]) -> None:
     """GPTQModel's own packer; ``act_order`` scatters the columns of a group over the row."""
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear  # type: ignore[import-not-found]
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module  # type: ignore[import-not-found]
 
     options = job["options"]
     bits, symmetric, act_order = options["bits"], options.get("sym", True), options.get("act_order", False)
@@ -101,7 +101,7 @@ def write_gptq(job: dict[str, Any]) -> None:
 
 def write_awq(job: dict[str, Any]) -> None:
     """GPTQModel's own packer of AWQ's gemm layout."""
-    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear  # type: ignore[import-not-found]
 
     group = job["options"]["group_size"]
 
