@@ -31,12 +31,11 @@ from hf_quant.formats import FORMATS
 from hf_quant.integrations.calibrated import Session, loading, run_on_files, run_on_model
 from hf_quant.integrations.calibrated import session as session_of
 from hf_quant.integrations.transformers import HfQuantQuantizer, prepare, publish, requested_kernel
-from hf_quant.nn.swap import put_quantized, put_vectors, quantized_modules, untie
-from hf_quant.plan import Plan, PlannedLayer, make_plan
+from hf_quant.nn.splitting import experts_apart, split_modules
+from hf_quant.nn.swap import put_quantized, quantized_modules, share_tables, shared_heads, untie
+from hf_quant.plan import make_plan
 from hf_quant.provenance import KEY, plan_rows
-from hf_quant.quantize.weight import quantize_weight
 from hf_quant.skeleton import model_class, read_settings
-from hf_quant.tensor import QuantizedTensor
 
 logger = logging.getLogger("hf_quant")
 
@@ -217,12 +216,19 @@ def load(
 
 
 def inspect_model(model: nn.Module) -> list[LayerReport]:
-    """Every quantized layer with its scheme, its kernel and why that kernel, and its bytes in memory."""
+    """Every quantized layer with its scheme, its kernel and why that kernel, and its bytes in memory.
+
+    A head that computes with the table of an embedding comes last, and has no bytes of its own.
+    """
     reports = []
     for name, layer in quantized_modules(model):
         nbytes = sum(p.numel() * p.element_size() for leaf, p in layer.named_parameters() if leaf != "bias")
         shape = (layer.out_features, layer.in_features)
         reports.append(LayerReport(name, shape, layer.scheme.label, layer.kernel_name, layer.kernel_reason, nbytes))
+    for name, head in shared_heads(model):
+        table = head.table
+        shape = (table.out_features, table.in_features)
+        reports.append(LayerReport(name, shape, table.scheme.label, table.kernel_name, table.kernel_reason, 0))
     return reports
 
 
@@ -257,20 +263,19 @@ def _quantize_in_memory(
     plan = make_plan(model, config)
     # every weight is quantized before any is replaced: a bad one leaves the model as it was
     quantizer = HfQuantQuantizer(config, pre_quantized=False)
-    if config.calibration is not None:
-        calibrated = run_on_model(model, plan, config, tokenizer)
-        tensors = {layer.name: calibrated.journal.tensor(layer.name).to(device or "cpu") for layer in plan.quantized}
-        put_vectors(model, calibrated.journal.floats())
-        quantizer.note_calibrated(calibrated)
-        calibrated.close()
-    else:
-        tensors = {layer.name: _quantize_layer(model, plan, layer, device) for layer in plan.quantized}
+    quantizer.plan, quantizer.format_name = plan, plan.format
+    with experts_apart(model, [layer.name for layer in plan.quantized]):
+        if config.calibration is not None:
+            quantizer.calibrated = run_on_model(model, plan, config, tokenizer)
+        tensors = {q.name: quantizer.quantize(q.name, _float_weight(model, q.name, device)) for q in plan.quantized}
+        quantizer.take_calibrated(model)
+    quantizer.has_split_experts = bool(split_modules(model))
     for name in list(tensors):
         put_quantized(model, name, tensors.pop(name), config.kernel, config.activations)
+    share_tables(model, plan.shares)
     for layer in plan.quantized:
         if layer.untied_from:
             untie(model, layer.name)
-    quantizer.plan, quantizer.format_name = plan, plan.format
     model.hf_quantizer = quantizer
     if device is not None:
         model.to(device)
@@ -279,18 +284,8 @@ def _quantize_in_memory(
     return model
 
 
-def _quantize_layer(
-    model: PreTrainedModel, plan: Plan, layer: PlannedLayer, device: str | torch.device | None
-) -> QuantizedTensor:
-    assert layer.scheme is not None
-    weight = model.get_parameter(f"{layer.name}.weight").detach().to(device)
-    return quantize_weight(
-        weight.t().contiguous() if layer.kind == "Conv1D" else weight,
-        layer.scheme,
-        layer.method,
-        scale_dtype=getattr(torch, plan.scale_dtype),
-        name=layer.name,
-    )
+def _float_weight(model: PreTrainedModel, name: str, device: str | torch.device | None) -> torch.Tensor:
+    return model.get_parameter(f"{name}.weight").detach().to(device)
 
 
 def _quantize_on_load(

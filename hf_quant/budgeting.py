@@ -25,7 +25,7 @@ from hf_quant.evaluation.stream import LogitStream
 from hf_quant.integrations.calibrated import Session
 from hf_quant.integrations.shell import ModelWeights
 from hf_quant.nn.splitting import split_experts
-from hf_quant.plan import make_plan
+from hf_quant.plan import EMBEDDING, make_plan
 from hf_quant.plots import draw_budget
 from hf_quant.quantize.allocate import Budget
 from hf_quant.quantize.fit_budget import Attempt, FittedBudget, Measurement, fit_budget
@@ -34,7 +34,7 @@ from hf_quant.quantize.gains import calibrated_gains, with_gains
 from hf_quant.quantize.menu import FUSED, Menu, make_menu
 from hf_quant.quantize.sensitivity import estimate_sensitivity, settings, take_samples
 from hf_quant.quantize.sensitivity_record import Sensitivity, model_digest
-from hf_quant.skeleton import model_class, read_settings
+from hf_quant.skeleton import model_class, plan_directory, read_settings
 
 HELD_OUT = 8  # one calibration sample of so many is kept to measure on
 
@@ -98,6 +98,9 @@ def quantize_to_budget(
     directory = Path(os.fspath(source))
     if not directory.is_dir():
         raise BudgetError(f"{source} is not a directory.", "download the model first; its gradients are needed.")
+    planned = plan_directory(directory, config, options.get("trust_remote_code", False))
+    if table := next((layer.name for layer in planned.quantized if layer.kind == EMBEDDING), None):
+        raise BudgetError(f"a budget does not weigh embeddings, and {table} is to be quantized.", "drop its override.")
     asked = dict(config.calibration or Calibration().model_dump())
     fold = asked.pop("fold") and config.method == CALIBRATED
     current = replace(session or Session())

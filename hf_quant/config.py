@@ -123,7 +123,9 @@ class HfQuantConfig(QuantizationConfigMixin):
             wins over every other pattern; the rest are tried in order: ``re:`` + a regular expression that matches the
             whole name, or the name of a subtree (``model.layers.0``) or of a leaf (``down_proj``). The output head is
             quantized when an override names it exactly (``lm_head``); where it is tied to the embedding, the two are
-            untied and the embedding stays in float.
+            untied and the embedding stays in float. Embeddings are quantized (without data) when an override names them
+            (``model.embed_tokens``, ``embed_tokens`` or a ``re:``; the name of a subtree does not); a tied output head
+            then computes with the same packed table.
         skip: patterns (as above) of modules that stay in float, in addition to the defaults (output head, tied
             weights, modules that the model keeps in float32).
         on_indivisible: ``nearest`` takes the largest power-of-two group that divides the row (else the whole row) and

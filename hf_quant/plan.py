@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,14 +11,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_quant.config import HfQuantConfig, LayerRequest
+from hf_quant.config import CALIBRATED, HfQuantConfig
 from hf_quant.errors import PlanError
-from hf_quant.grids import DOUBLE_QUANT_BLOCK, PER_CHANNEL, Scheme
-from hf_quant.nn.splitting import expanded_modules, left_fused
+from hf_quant.grids import PER_CHANNEL, Scheme
+from hf_quant.nn.embedding import is_embedding
+from hf_quant.nn.splitting import expanded_modules, left_fused, stock_experts
+from hf_quant.plan_bytes import planned_bytes
+from hf_quant.plan_rules import Rules, is_linear
 
+EMBEDDING = "Embedding"
+_STORED = "as the checkpoint has it"
 SMALLEST_NEAREST_GROUP = 16
 TABLE_GROUPS = (32, 4096)  # smallest and largest block of bitsandbytes' 4-bit kernels; powers of two only
-REGEX = "re:"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PlannedLayer:
         float_bytes: bytes in the float checkpoint.
         planned_bytes: bytes after quantization.
         untied_from: what a quantized weight is tied to in the float model (and what stays in float), else empty.
+        shares: the embedding whose packed table this layer computes with, else empty.
     """
 
     name: str
@@ -51,6 +53,7 @@ class PlannedLayer:
     float_bytes: int
     planned_bytes: int
     untied_from: str = ""
+    shares: str = ""
 
     @property
     def numel(self) -> int:
@@ -59,13 +62,14 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every weight of a model and what happens to it."""
+    """Every weight of a model and what happens to it; ``experts`` as :func:`hf_quant.nn.splitting.stock_experts`."""
 
     architecture: str
     model_type: str
     format: str
     scale_dtype: str
     layers: tuple[PlannedLayer, ...]
+    experts: str = ""
 
     @cached_property
     def quantized(self) -> tuple[PlannedLayer, ...]:
@@ -74,6 +78,17 @@ class Plan:
     @cached_property
     def kept(self) -> tuple[PlannedLayer, ...]:
         return tuple(layer for layer in self.layers if layer.scheme is None)
+
+    @property
+    def shares(self) -> dict[str, str]:
+        """Layers without a weight of their own -> the embeddings whose packed tables they compute with."""
+        return {layer.name: layer.shares for layer in self.layers if layer.shares}
+
+    @cached_property
+    def calibrated(self) -> Plan:
+        """This plan without what is quantized without data whatever the method: embeddings."""
+        left = (replace(q, scheme=None, method="") if q.kind == EMBEDDING else q for q in self.layers)
+        return replace(self, layers=tuple(left))
 
     @property
     def float_bytes(self) -> int:
@@ -120,25 +135,21 @@ def make_plan(model: nn.Module, config: HfQuantConfig) -> Plan:
     """
     modules = dict(expanded_modules(model))
     linears = {name: module for name, module in modules.items() if name and is_linear(module)}
-    rules = _Rules(model, config, modules, list(linears))
+    rules = Rules(model, config, modules, list(linears))
     tied = _tied(model)
+    tables = _plan_tables(modules, rules, tied)
     layers: list[PlannedLayer] = []
     for name, module in modules.items():
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}" if name else leaf
-            if leaf == "weight" and name in linears:
+            if leaf == "weight" and name in tables:
+                layers.append(tables[name])
+            elif leaf == "weight" and name in linears:
                 layers.append(_plan_linear(name, linears[name], rules, tied))
             else:
                 layers.append(_plan_other(full, leaf, module, parameter, tied))
-    text_config = getattr(model, "config", None)
-    plan = Plan(
-        architecture=type(model).__name__,
-        model_type=str(getattr(text_config, "model_type", "")),
-        format="compressed-tensors" if config.grid == "int" else "bitsandbytes",
-        scale_dtype=resolve_scale_dtype(config, _model_dtype(model)),
-        layers=tuple(layers),
-    )
-    plan = _with_bytes(plan)
+    format_name = "compressed-tensors" if config.grid == "int" else "bitsandbytes"
+    plan = _plan(model, format_name, resolve_scale_dtype(config, _model_dtype(model)), layers)
     if not plan.quantized:
         raise PlanError(
             f"nothing to quantize in {plan.architecture}: {len(linears)} linear layers, all left in float.",
@@ -161,26 +172,20 @@ def plan_of_checkpoint(model: nn.Module, schemes: Mapping[str, Scheme], format_n
     for name, module in expanded_modules(model):
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{leaf}" if name else leaf
+            owner = tied.get(full, "").removesuffix(".weight")
+            if leaf == "weight" and is_embedding(module) and name in schemes:
+                layers.append(replace(_float_table(name, parameter), scheme=schemes[name], rule=_STORED))
+                continue
+            if leaf == "weight" and is_linear(module) and owner in schemes and name not in schemes:
+                layers.append(_shared(_float_linear(name, module), owner, _STORED))
+                continue
             if leaf != "weight" or not is_linear(module):
                 layers.append(_plan_other(full, leaf, module, parameter, tied))
                 continue
             layer, scheme = _float_linear(name, module), schemes.get(name)
             note = "" if scheme else "stored in float"
-            layers.append(replace(layer, scheme=scheme, rule="as the checkpoint has it", note=note))
-    return _with_bytes(
-        Plan(
-            architecture=type(model).__name__,
-            model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
-            format=format_name,
-            scale_dtype=scale_dtype,
-            layers=tuple(layers),
-        )
-    )
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Layers whose weight is only ever used by calling them: ``nn.Linear`` itself and GPT-2's transposed ``Conv1D``."""
-    return type(module) is nn.Linear or type(module) is Conv1D
+            layers.append(replace(layer, scheme=scheme, rule=_STORED, note=note))
+    return _plan(model, format_name, scale_dtype, layers)
 
 
 def resolve_scale_dtype(config: HfQuantConfig, model_dtype: torch.dtype) -> str:
@@ -188,85 +193,6 @@ def resolve_scale_dtype(config: HfQuantConfig, model_dtype: torch.dtype) -> str:
     if config.scale_dtype != "auto":
         return config.scale_dtype
     return "float16" if model_dtype == torch.float16 else "bfloat16"
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether an override or skip pattern names this module (see :class:`HfQuantConfig`)."""
-    if pattern.startswith(REGEX):
-        return re.fullmatch(pattern[len(REGEX) :], name) is not None
-    return name == pattern or name.startswith(pattern + ".") or name.endswith("." + pattern)
-
-
-class _Rules:
-    """Exact override, then skip, then other overrides in order, then the default skips, then the default."""
-
-    def __init__(
-        self, model: nn.Module, config: HfQuantConfig, modules: Mapping[str, nn.Module], names: list[str]
-    ) -> None:
-        self.config = config
-        self.default_skips = _default_skips(model, modules)
-        for option, patterns in (("overrides", config.overrides), ("skip", config.skip)):
-            for pattern in patterns:
-                self._check(option, pattern, names)
-        both = set(config.skip) & {p for p, v in config.overrides.items() if not isinstance(v, str)}
-        if both:
-            raise PlanError(f"{sorted(both)[0]!r} is in skip and in overrides.", "keep it in one of them.")
-
-    @staticmethod
-    def _check(option: str, pattern: str, names: list[str]) -> None:
-        try:
-            if any(matches(pattern, name) for name in names):
-                return
-        except re.error as error:
-            raise PlanError(
-                f"{option} pattern {pattern!r} is not a regular expression: {error}.", "mend it."
-            ) from error
-        bare = pattern.removeprefix(REGEX)
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-        near = difflib.get_close_matches(bare, names + leaves, n=3, cutoff=0.4) or leaves[:5]
-        raise PlanError(
-            f"{option} pattern {pattern!r} matches no linear layer of this model.", f"nearest names: {', '.join(near)}."
-        )
-
-    def decide(self, name: str) -> tuple[LayerRequest | None, str, str]:
-        """(request or None, rule, note) for a linear layer."""
-        if name in self.config.overrides:
-            return self._override(name)
-        for pattern in self.config.skip:
-            if matches(pattern, name):
-                return None, f"skip {pattern!r}", "left in float on request"
-        for pattern in self.config.overrides:
-            if matches(pattern, name):
-                return self._override(pattern)
-        if name in self.default_skips:
-            return None, "default skip", self.default_skips[name]
-        return self.config.default, "default", ""
-
-    def _override(self, pattern: str) -> tuple[LayerRequest | None, str, str]:
-        request = self.config.override(pattern)
-        return request, f"override {pattern!r}", "" if request else "left in float on request"
-
-
-def _default_skips(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Modules that stay in float unless an override names them, with the reason."""
-    skips: dict[str, str] = {}
-    output_head = getattr(model, "get_output_embeddings", None)
-    head = output_head() if callable(output_head) else None
-    keep: set[str] = set()
-    for owner in modules.values():
-        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            keep |= set(getattr(owner, attribute, None) or ())
-    last = next(reversed([name for name, module in modules.items() if any(True for _ in module.parameters(False))]))
-    for name, module in modules.items():
-        if not is_linear(module):
-            continue
-        if module is head:
-            skips[name] = "output head"
-        elif any(pattern in name.split(".") or matches(pattern, name) for pattern in keep):
-            skips[name] = "the model keeps it in float32"
-        elif name == last:
-            skips[name] = "last layer of the model (its head)"
-    return skips
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -283,7 +209,7 @@ def _float_linear(name: str, module: nn.Module) -> PlannedLayer:
     return PlannedLayer(name, kind, (rows, columns), None, "", "", "", weight.numel() * weight.element_size(), 0)
 
 
-def _plan_linear(name: str, module: nn.Module, rules: _Rules, tied: dict[str, str]) -> PlannedLayer:
+def _plan_linear(name: str, module: nn.Module, rules: Rules, tied: dict[str, str]) -> PlannedLayer:
     layer = _float_linear(name, module)
     columns = layer.shape[1]
     partner = tied.get(f"{name}.weight") or next((k for k, v in tied.items() if v == f"{name}.weight"), None)
@@ -304,6 +230,56 @@ def _plan_linear(name: str, module: nn.Module, rules: _Rules, tied: dict[str, st
     if layer.untied_from:
         note = "; ".join(filter(None, (note, f"untied from {layer.untied_from}, which stays in float")))
     return replace(layer, scheme=scheme, method=request.method, rule=rule, note=note)
+
+
+def _float_table(name: str, weight: torch.Tensor) -> PlannedLayer:
+    shape, nbytes = (weight.shape[0], weight.shape[1]), weight.numel() * weight.element_size()
+    return PlannedLayer(name, EMBEDDING, shape, None, "", "", "", nbytes, 0)
+
+
+def _shared(layer: PlannedLayer, table: str, rule: str) -> PlannedLayer:
+    return replace(layer, rule=rule, note=f"computes with the packed table of {table}", float_bytes=0, shares=table)
+
+
+def _plan_tables(modules: Mapping[str, nn.Module], rules: Rules, tied: dict[str, str]) -> dict[str, PlannedLayer]:
+    """Embeddings that an override quantizes, and the layers tied to them, which then compute with the same table."""
+    found: dict[str, PlannedLayer] = {}
+    for name, module in modules.items():
+        chosen = rules.decide_table(name) if is_embedding(module) else None
+        if chosen is None or chosen[0] is None:
+            continue
+        request, rule, _ = chosen
+        assert request is not None and isinstance(module.weight, torch.Tensor)
+        key = f"{name}.weight"
+        sharing = [target.removesuffix(".weight") for target, source in tied.items() if source == key]
+        others = [each for each in sharing if not is_linear(modules[each])]
+        if key in tied:
+            others.append(tied[key])
+        if others:
+            raise PlanError(
+                f"{name} cannot be quantized: it shares its weight with {others[0]}.",
+                "drop the override; only linear layers can compute with the table of an embedding.",
+            )
+        layer = _float_table(name, module.weight)
+        scheme, note = fit_group(request.scheme, layer.shape[1], name, rules.config.on_indivisible)
+        if scheme is None:
+            found[name] = replace(layer, rule=rule, note=note)
+            continue
+        method = "search" if request.method == CALIBRATED else request.method
+        parts = [note, f"one table with {', '.join(sharing)}" if sharing else ""]
+        if method != request.method:
+            parts.append("quantized without data, as every embedding")
+        found[name] = replace(layer, scheme=scheme, method=method, rule=rule, note="; ".join(filter(None, parts)))
+        for each in sharing:
+            own = rules.decide(each)
+            said = own[1].startswith(("override", "skip"))
+            if said and (own[0] is None or fit_group(own[0].scheme, layer.shape[1], each, "nearest")[0] != scheme):
+                raise PlanError(
+                    f"{each} and {name} share one weight, but {own[1]} asks for something else than {rule}.",
+                    "ask for the same in both, or leave one of the two out.",
+                )
+            found[each] = _shared(_float_linear(each, modules[each]), name, rule)
+    return found
 
 
 def fit_group(scheme: Scheme, columns: int, name: str, on_indivisible: str) -> tuple[Scheme | None, str]:
@@ -341,7 +317,7 @@ def fit_group(scheme: Scheme, columns: int, name: str, on_indivisible: str) -> t
 def _plan_other(full: str, leaf: str, module: nn.Module, parameter: torch.Tensor, tied: dict[str, str]) -> PlannedLayer:
     shape = tuple(parameter.shape)
     if isinstance(module, nn.Embedding):
-        kind, note = "Embedding", "embeddings stay in float"
+        kind, note = EMBEDDING, "embeddings stay in float unless an override names them"
     elif leaf == "bias" or leaf.endswith("_bias"):
         kind, note = "Bias", "biases stay in float"
     elif len(shape) <= 1:
@@ -359,43 +335,15 @@ def _plan_other(full: str, leaf: str, module: nn.Module, parameter: torch.Tensor
     return PlannedLayer(name, kind, shape, None, "", "not a linear layer", note, size, size)
 
 
+def _plan(model: nn.Module, format_name: str, scale_dtype: str, layers: list[PlannedLayer]) -> Plan:
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    experts = stock_experts(model, [layer.name for layer in layers if layer.scheme is not None])
+    return _with_bytes(Plan(type(model).__name__, kind, format_name, scale_dtype, tuple(layers), experts))
+
+
 def _with_bytes(plan: Plan) -> Plan:
-    return replace(plan, layers=tuple(replace(q, planned_bytes=_planned_bytes(q, plan)) for q in plan.layers))
-
-
-def _planned_bytes(layer: PlannedLayer, plan: Plan) -> int:
-    """Bytes of the layer's tensors in the published format (its bias is a row of its own)."""
-    scheme = layer.scheme
-    if scheme is None:
-        return layer.float_bytes
-    rows, columns = layer.shape
-    groups = scheme.groups(columns)
-    if plan.format == "bitsandbytes":
-        scales = rows * groups
-        header = 16 * 4 + _state_bytes(layer, scheme, plan.scale_dtype)  # quant_map and the quant_state
-        nested = scales + 4 * math.ceil(scales / DOUBLE_QUANT_BLOCK) + 256 * 4
-        return rows * columns // 2 + (nested if scheme.double_quant else 4 * scales) + header
-    codes = rows * 4 * math.ceil(columns * scheme.bits / 32)
-    zeros = 0 if scheme.symmetric else 4 * math.ceil(rows * scheme.bits / 32) * groups
-    return codes + rows * groups * getattr(torch, plan.scale_dtype).itemsize + zeros + 2 * 8
-
-
-def _state_bytes(layer: PlannedLayer, scheme: Scheme, scale_dtype: str) -> int:
-    """Length of the json in which bitsandbytes describes a weight (its mean scale has a varying number of digits)."""
-    half = scale_dtype if scale_dtype != "float32" else "bfloat16"
-    state: dict[str, object] = {
-        "quant_type": scheme.grid,
-        "blocksize": scheme.group(layer.shape[1]),
-        "dtype": "float32" if layer.float_bytes == 4 * layer.numel else half,
-        "shape": list(layer.shape),
-    }
-    if scheme.double_quant:
-        state |= {
-            "nested_blocksize": DOUBLE_QUANT_BLOCK,
-            "nested_dtype": "float32",
-            "nested_offset": 0.0123456789012345,
-        }
-    return len(json.dumps(state))
+    """The plan with the bytes of its layers in its format."""
+    return replace(plan, layers=tuple(replace(q, planned_bytes=planned_bytes(q, plan)) for q in plan.layers))
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:

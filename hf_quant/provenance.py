@@ -81,6 +81,7 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
             "note": layer.note,
             "float_bytes": layer.float_bytes,
             "planned_bytes": layer.planned_bytes,
+            **({"shares": layer.shares} if layer.shares else {}),
         }
         for layer in plan.layers
     ]

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import hf_quant
 from hf_quant.config import HfQuantConfig
 from hf_quant.errors import CheckpointError, PlanError
-from hf_quant.plan import make_plan, matches
+from hf_quant.plan import make_plan
+from hf_quant.plan_rules import matches
 from hf_quant.skeleton import plan_directory
 
 Q0, UP1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -171,7 +172,7 @@ def test_what_is_not_a_plain_linear_layer_says_why(tiny_model) -> None:
     layers = {layer.name: layer for layer in make_plan(model, HfQuantConfig()).layers}
     assert "subclass" in layers["1"].note
     assert layers["2"].kind == "Conv1D" and layers["2"].shape == (8, 32) and layers["2"].scheme
-    assert layers["3"].note == "embeddings stay in float"
+    assert layers["3"].note == "embeddings stay in float unless an override names them"
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,15 @@ def print_plan(plan: Plan) -> None:
             size(sum(layer.planned_bytes for layer in group)),
             first.note,
         )
+    for layer in plan.layers:
+        if layer.shares:
+            shape = " × ".join(map(str, layer.shape))
+            quantized.add_row(layer.name, "1", layer.kind, shape, f"table of {layer.shares}", "", size(0), size(0), "")
     out.print(quantized)
     reasons: dict[tuple[str, str], list[PlannedLayer]] = {}
     for layer in plan.kept:
+        if layer.shares:
+            continue
         reasons.setdefault((layer.kind, layer.note), []).append(layer)
     kept = table("left in float", "×", "kind", "bytes", "why", right=("×", "bytes"))
     for (kind, note), group in reasons.items():

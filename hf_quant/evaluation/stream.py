@@ -108,7 +108,7 @@ class LogitStream:
     def _probe(self) -> None:
         """Find the backbone and make sure that streaming changes nothing."""
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
-        rows = int(embeddings.weight.shape[0])
+        rows = int(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
         ids = (torch.arange(_PROBE_TOKENS, device=self.device) * 7919 % max(rows - 1, 1)).unsqueeze(0)
         backbone, expected = self._trace(ids)
         self.vocabulary = int(expected.shape[-1])

@@ -16,6 +16,13 @@ symmetric, several bits                   yes, per module                **wrong
 asymmetric, one scheme                    no: packed zero points do not  yes
                                           fit the parameter it makes
 asymmetric among several schemes          no                             no
+a quantized embedding, one scheme         no: it wants to initialise it  yes, tied or not
+a quantized embedding, several schemes    no                             no: it decodes all with the first scheme
+experts, one symmetric scheme             yes, where its conversion      yes, likewise
+                                          mapping merges experts
+experts that it does not merge (GPT-OSS,  **random experts**, warned of  **random experts**, warned of
+Granite), which are fused in float
+experts, asymmetric or several schemes    no                             no
 ========================================  =============================  =====================================
 
 The default path casts ``weight_scale`` to the model's dtype and multiplies in it; ``dequantize=True`` multiplies in the
@@ -25,6 +32,7 @@ GPT-2's ``Conv1D`` is not an ``nn.Linear``: compressed-tensors leaves it alone, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +54,7 @@ PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point
 SUFFIXES = (PACKED, SCALE, ZERO, SHAPE)
 VERSION = 1  # of our marker in the config
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _PRESETS = {"W4A16": (4, True), "W8A16": (8, True), "W4A16_ASYM": (4, False)}
 _STATIC_ORDERS = (None, False, "weight", "static")  # columns keep their places; the others need a g_idx
 _NEVER_LINEAR = ("Embedding", "Norm", "Bias", "Experts", "Conv1D", "Parameter")  # no runtime reads them as Linear
@@ -61,8 +70,8 @@ def holds(scheme: Scheme, kind: str, shape: tuple[int, ...]) -> str | None:
     """Why this format cannot hold a layer; None when it can."""
     if scheme.grid != "int":
         return f"{NAME} {STORAGE} holds integers, not {scheme.grid}; use format bitsandbytes"
-    if kind != "Linear":
-        return f"{NAME} quantizes nn.Linear, not {kind}"
+    if kind not in ("Linear", "Embedding"):
+        return f"{NAME} quantizes nn.Linear and nn.Embedding, not {kind}"
     if len(shape) != 2:
         return f"{NAME} packs 2-D weights, not {list(shape)}"
     if shape[1] % scheme.group(shape[1]):
@@ -155,7 +164,10 @@ def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None, storage
         raise FormatError("the plan quantizes nothing.", "loosen skip and overrides.")
     universe = {layer.name for layer in plan.layers}
     ordered = sorted(members, key=lambda scheme: -len(members[scheme]))
-    targets = {scheme: ["Linear"] if len(ordered) == 1 else compact(members[scheme], universe) for scheme in ordered}
+    targets = {scheme: compact(members[scheme], universe) for scheme in ordered}
+    if len(ordered) == 1:  # embeddings by name: others stay in float
+        tables = compact([layer.name for layer in plan.quantized if layer.kind == "Embedding"], universe)
+        targets = {ordered[0]: ["Linear", *tables]}
     groups = {
         f"group_{index}": {
             "targets": targets[scheme],
@@ -192,8 +204,23 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 
 def stock_loading(plan: Plan) -> str:
     """One sentence for the model card: what stock transformers needs to load this plan's checkpoint."""
+    if plan.experts:
+        experts = {q.scheme for q in plan.quantized if _EXPERT.search(q.name)}
+        one = len(experts) == 1 and all(scheme.symmetric for scheme in experts if scheme is not None)
+        if plan.experts == "apart" or not one:
+            why = "stored one by one" if plan.experts == "apart" else "unless all have one symmetric scheme"
+            return (
+                f"Stock transformers cannot load the experts of {plan.model_type} {why} (it leaves them at random "
+                "values or fails): `import hf_quant` before `from_pretrained(...)`."
+            )
     schemes = {layer.scheme for layer in plan.quantized if layer.scheme is not None}
     install = "Stock transformers loads it with `pip install compressed-tensors`"
+    table = next((layer.name for layer in plan.quantized if layer.kind == "Embedding"), None)
+    if table is not None and len(schemes) > 1:
+        return (
+            f"Stock transformers cannot load {table} beside layers of another scheme: "
+            "`import hf_quant` before `from_pretrained(...)`."
+        )
     if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
         return (
             "Stock transformers cannot load a mix of schemes with zero points: "
@@ -204,7 +231,7 @@ def stock_loading(plan: Plan) -> str:
             f"{install} and no other argument; do not pass `dequantize=True`, "
             "which would decode every layer as if it had the first scheme."
         )
-    if all(scheme.symmetric for scheme in schemes):
+    if table is None and all(scheme.symmetric for scheme in schemes):
         return f"{install} and no other argument."
     return f"{install} and `from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))`."
 

@@ -143,6 +143,7 @@ def run_on_files(
     if not directory.is_dir():
         directory = Path(snapshot_download(source, revision=revision, allow_patterns=[*SIDE_FILES, *_MODEL_FILES]))
     check_directory(directory)
+    plan = plan.calibrated
     current = _session.get() or Session()
     data = current.data or _load(config, current, directory=directory)
     if current.on_data:
@@ -162,7 +163,7 @@ def run_on_model(model: PreTrainedModel, plan: Plan, config: HfQuantConfig, toke
     Raises:
         CalibrationError: as above; or the default data without a tokenizer to make it with.
     """
-    current = _session.get() or Session()
+    current, plan = _session.get() or Session(), plan.calibrated
     data = current.data or _load(config, current, model=model, processor=tokenizer)
     if current.on_data:
         current.on_data(data)

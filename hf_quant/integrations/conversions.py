@@ -15,8 +15,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from hf_quant.errors import HfQuantError
 from hf_quant.integrations.experts import expert_weights
-from hf_quant.nn.linear import QuantLinear
-from hf_quant.quantize.weight import quantize_weight
+from hf_quant.nn.embedding import SharedHead
+from hf_quant.nn.packed import PackedWeight
 
 if TYPE_CHECKING:
     from hf_quant.integrations.stock import StockRuntime
@@ -49,33 +49,21 @@ class Quantize(_Shared):
         result: dict[str, torch.Tensor] = {}
         values = ((key, value[0] if isinstance(value, list) else value) for key, value in input_dict.items())
         for name, layer, leaf, value in expert_weights(model, values):
-            if not isinstance(layer, QuantLinear) or leaf != "weight":
+            if isinstance(layer, SharedHead) and leaf == "weight":
+                self.hf_quantizer.quantize_head(name, value)
+                continue
+            if not isinstance(layer, PackedWeight) or leaf != "weight":
                 result[f"{name}.{leaf}"] = value.to(layer.get_parameter(leaf).dtype, copy=True).contiguous()
                 continue
             if self.hf_quantizer.failure is None:
                 try:
-                    result |= self._quantize(layer, name, value)
+                    tensor = self.hf_quantizer.quantize(name, value)
+                    result |= {f"{name}.{leaf}": p for leaf, p in layer.named_tensors(tensor).items()}
                     continue
                 except HfQuantError as error:
                     self.hf_quantizer.note(error)
             result |= _placeholders(layer, name, value.device)
         return result
-
-    def _quantize(self, layer: QuantLinear, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        plan = self.hf_quantizer.plan
-        assert plan is not None
-        if self.hf_quantizer.calibrated is not None:
-            tensor = self.hf_quantizer.calibrated.journal.tensor(name).to(weight.device)
-        else:
-            tensor = quantize_weight(
-                weight.t().contiguous() if layer.transposed_source else weight,
-                layer.scheme,
-                self.hf_quantizer.method(name),
-                scale_dtype=getattr(torch, plan.scale_dtype),
-                name=name,
-            )
-        self.hf_quantizer.done.add(name)
-        return {f"{name}.{leaf}": parameter for leaf, parameter in layer.named_tensors(tensor).items()}
 
 
 class Decode(_Shared):
@@ -95,7 +83,7 @@ class Decode(_Shared):
         suffixes = self.hf_quantizer.patterns
         tensors = {suffixes[k]: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
         layer, leaf = get_module_from_name(model, full_layer_name)
-        if not isinstance(layer, QuantLinear):
+        if not isinstance(layer, PackedWeight):
             # a float weight whose name matches the format's own `weight`: cast as transformers would have done
             value = next(iter(tensors.values()))
             target = getattr(layer, leaf).dtype
@@ -110,12 +98,11 @@ class Decode(_Shared):
         return _placeholders(layer, name, next(iter(tensors.values())).device)
 
 
-def _placeholders(layer: QuantLinear, name: str, device: torch.device) -> dict[str, torch.Tensor]:
+def _placeholders(layer: PackedWeight, name: str, device: torch.device) -> dict[str, torch.Tensor]:
     """Uninitialised parameters for a load that has failed already."""
-    named = {leaf: p for leaf, p in layer._parameters.items() if p is not None and leaf != "bias"}
     return {
         f"{name}.{leaf}": nn.Parameter(torch.empty_like(p, device=device), requires_grad=False)
-        for leaf, p in named.items()
+        for leaf, p in layer.packed_parameters().items()
     }
 
 

@@ -27,7 +27,8 @@ from hf_quant.integrations.conversions import Decode
 from hf_quant.integrations.published import model_dtype
 from hf_quant.integrations.stored import StoredModule, scale_dtype, stored_modules
 from hf_quant.integrations.transformers import Runtime, register, requested
-from hf_quant.nn.swap import float_shape, put_empty
+from hf_quant.nn.embedding import is_embedding
+from hf_quant.nn.swap import float_shape, put_empty, share_tables, tied_to, untie
 from hf_quant.plan import is_linear, plan_of_checkpoint
 from hf_quant.provenance import KEY
 
@@ -81,13 +82,12 @@ class StockRuntime(Runtime):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")
         self._check_files(model.config, files)
-        self.split_to_compare(model)
         stored = stored_modules(model, files, self.format.SUFFIXES)
         try:
             ordered: set[str] = set()
             schemes = self._schemes(model, stored, ordered)
         except FormatError as error:
-            self.keep_split(model, ())
+            self.leave_to_stock(model)
             if hasattr(model.config, KEY):
                 raise  # a checkpoint of ours is damaged
             _log(model.config.name_or_path, error.problem)
@@ -99,7 +99,11 @@ class StockRuntime(Runtime):
         dtype = model_dtype(model, kwargs.get("dtype"))
         scales = scale_dtype((stored or {}).values(), self.format.SCALE) or dtype
         self.plan = plan_of_checkpoint(model, schemes, self.format_name, str(scales).removeprefix("torch."))
+        for name in schemes:
+            if tied_to(model, name) in schemes:
+                untie(model, name)  # the files hold both
         put_empty(model, schemes, scales, *requested(), ordered)
+        share_tables(model, self.plan.shares)
 
     def _become_stock(self) -> None:
         """transformers holds this object already: from here on it is a stock quantizer."""
@@ -113,7 +117,8 @@ class StockRuntime(Runtime):
         self._check_names(model, stored)
         found: dict[str, Scheme] = {}
         for name, module in model.named_modules():
-            scheme, reordered = self._scheme(name, module, stored) if name and is_linear(module) else (None, False)
+            ours = name and (is_linear(module) or is_embedding(module))
+            scheme, reordered = self._scheme(name, module, stored) if ours else (None, False)
             if scheme is not None:
                 found[name] = scheme
                 if reordered:
@@ -151,7 +156,7 @@ class StockRuntime(Runtime):
             FormatError: the two disagree, or a layout that our kernels do not hold.
         """
         rows, columns = float_shape(module)
-        kinds = (type(module).__name__,)
+        kinds = ("Embedding",) if is_embedding(module) else (type(module).__name__,)
         refined = isinstance(self.format, Refined)
         if stored is None:
             if refined:

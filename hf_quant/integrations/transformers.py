@@ -25,13 +25,24 @@ from hf_quant.integrations.conversions import Quantize, is_ours
 from hf_quant.integrations.experts import ExpertsLoader
 from hf_quant.integrations.published import model_dtype, prepare, publish
 from hf_quant.kernels import registry
+from hf_quant.nn.embedding import SharedHead
 from hf_quant.nn.experts import SplitExperts
-from hf_quant.nn.linear import QuantLinear
+from hf_quant.nn.packed import PackedWeight
 from hf_quant.nn.splitting import split_experts, split_modules
-from hf_quant.nn.swap import put_empty, put_float, put_quantized, put_vectors, quantized_modules, untie
+from hf_quant.nn.swap import (
+    put_empty,
+    put_float,
+    put_quantized,
+    put_vectors,
+    quantized_modules,
+    share_tables,
+    shared_heads,
+    untie,
+)
 from hf_quant.plan import Plan, make_plan
 from hf_quant.provenance import KEY
 from hf_quant.quantize.weight import quantize_weight
+from hf_quant.tensor import QuantizedTensor
 
 if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
     from transformers import PretrainedConfig, PreTrainedModel
@@ -138,13 +149,15 @@ class Runtime(ExpertsLoader):
         state = model.state_dict()
         dtype = model_dtype(model)
         for name, layer in quantized_modules(model):
-            for leaf in [leaf for leaf in layer._parameters if leaf != "bias"]:
+            for leaf in layer.packed_parameters():
                 state.pop(f"{name}.{leaf}", None)
             # an offloaded weight is read back: transformers would look for it under the name that it has on disk
             offloaded = layer.weight.device.type == "meta"
             with align_module_device(layer, torch.device("cpu")) if offloaded else nullcontext():
                 encoded = self.format.encode(layer.quantized(), dtype=dtype, name=name)
             state.update({f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()})
+        for name, _ in shared_heads(model):
+            state.pop(f"{name}.weight", None)  # the table is there under the name of the embedding
         return state, {}
 
     def is_serializable(self) -> bool:
@@ -175,6 +188,7 @@ class HfQuantQuantizer(Runtime):
     def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.done: set[str] = set()  # layers whose float weight was found and quantized
+        self.heads: dict[str, QuantizedTensor] = {}  # what the files hold for layers that share a table
         self.calibrated: Calibrated | None = None  # the layers of a calibrated run that is over
         self.deferred = False  # it has yet to begin, when the float model is loaded
         self.data: dict[str, Any] | None = None  # what it was calibrated on
@@ -195,10 +209,10 @@ class HfQuantQuantizer(Runtime):
                 return  # the float model is loaded first: a calibrated run cannot begin inside of transformers' loader
         # a tied weight has no tensor of its own in the files: it is quantized when its partner has been loaded
         schemes = {q.name: q.scheme for q in self.plan.quantized if q.scheme and not q.untied_from}
-        self._methods = {layer.name: layer.method for layer in self.plan.quantized}
         split_experts(model, schemes)
         self.await_fused(model)
         put_empty(model, schemes, getattr(torch, self.plan.scale_dtype), *self._requested())
+        share_tables(model, self.plan.shares)
 
     def _requested(self) -> tuple[str, str]:
         """The kernel and the activations to ask for: the config's own where it says more than its default."""
@@ -235,10 +249,45 @@ class HfQuantQuantizer(Runtime):
         )
         split_experts(model, [layer.name for layer in self.plan.quantized])
         for layer in self.plan.quantized:
-            device = model.get_parameter(f"{layer.name}.weight").device
-            tensor = self.calibrated.journal.tensor(layer.name).to(device)
+            tensor = self.quantize(layer.name, model.get_parameter(f"{layer.name}.weight").detach())
             put_quantized(model, layer.name, tensor, *self._requested())
-            self.done.add(layer.name)
+        share_tables(model, self.plan.shares)
+
+    def quantize(self, name: str, weight: torch.Tensor) -> QuantizedTensor:
+        """A planned layer from its float weight, as its class stores it: what a calibrated run says, else data-free."""
+        assert self.plan is not None
+        layer = next(layer for layer in self.plan.quantized if layer.name == name)
+        self.done.add(name)
+        if self.calibrated is not None and name in self.calibrated.journal:
+            return self.calibrated.journal.tensor(name).to(weight.device)
+        assert layer.scheme is not None
+        return quantize_weight(
+            weight.t().contiguous() if layer.kind == "Conv1D" else weight,
+            layer.scheme,
+            layer.method,
+            scale_dtype=getattr(torch, self.plan.scale_dtype),
+            name=name,
+        )
+
+    def quantize_head(self, name: str, weight: torch.Tensor) -> None:
+        """A weight in the files for a layer that shares a table: kept to be compared with the table."""
+        assert self.plan is not None
+        table = next(layer for layer in self.plan.quantized if layer.name == self.plan.shares[name])
+        assert table.scheme is not None
+        scales = getattr(torch, self.plan.scale_dtype)
+        self.heads[name] = quantize_weight(weight, table.scheme, table.method, scale_dtype=scales, name=name)
+
+    def _compare_heads(self, model: PreTrainedModel) -> None:
+        """Raise CheckpointError where the files hold a head of their own for a layer that shares a table."""
+        for name, head in self.heads.items():
+            shared = model.get_submodule(name)
+            table = shared.table if isinstance(shared, SharedHead) else None
+            if table is None or not torch.equal(head.packed, table.quantized().packed):
+                raise CheckpointError(
+                    f"{name}.weight differs from the embedding that config.json ties it to.",
+                    "set tie_word_embeddings to false in config.json.",
+                )
+        self.heads.clear()
 
     @torch.no_grad()
     def _quantize_tied(self, model: PreTrainedModel) -> None:
@@ -248,43 +297,38 @@ class HfQuantQuantizer(Runtime):
             if not layer.untied_from or layer.scheme is None:
                 continue
             if layer.name not in self.done:
-                weight, scales = model.get_parameter(layer.untied_from).detach(), getattr(torch, self.plan.scale_dtype)
-                if self.calibrated is not None:
-                    tensor = self.calibrated.journal.tensor(layer.name).to(weight.device)
-                else:
-                    tensor = quantize_weight(weight, layer.scheme, layer.method, scale_dtype=scales, name=layer.name)
+                tensor = self.quantize(layer.name, model.get_parameter(layer.untied_from).detach())
                 put_quantized(model, layer.name, tensor, *self._requested())
-                self.done.add(layer.name)
             untie(model, layer.name)
 
-    def note_calibrated(self, calibrated: Calibrated) -> None:
-        """Keep what is recorded of a calibrated run."""
-        self.data, self.results = calibrated.data.record(), calibrated.journal.results()
-        self.tuned = calibrated.tuned
+    def take_calibrated(self, model: nn.Module) -> None:
+        """Take the rest of a calibrated run, if there is one: norms and biases, and what is recorded of it."""
+        if self.calibrated is None:
+            return
+        self.data, self.results = self.calibrated.data.record(), self.calibrated.journal.results()
+        self.tuned = self.calibrated.tuned
+        put_vectors(model, self.calibrated.journal.floats())
+        self.calibrated.close()
+        self.calibrated = None
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.deferred:
             self._calibrate(model)
         if self.failure is None:
             self._quantize_tied(model)
-        if self.calibrated is not None and self.failure is None:
-            self.note_calibrated(self.calibrated)
-            put_vectors(model, self.calibrated.journal.floats())
-            self.calibrated.close()
-            self.calibrated = None
+            self._compare_heads(model)
+        if self.failure is None:
+            self.take_calibrated(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, leaf = get_module_from_name(model, param_name)
         if self.pre_quantized or isinstance(module, SplitExperts):
             return not self.pre_quantized and leaf in module.layout.parameters
-        return isinstance(module, QuantLinear) and leaf == "weight"
+        return isinstance(module, (PackedWeight, SharedHead)) and leaf == "weight"
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize(self)
-
-    def method(self, name: str) -> str:
-        return self._methods[name]
 
 
 def register() -> None:

@@ -138,10 +138,10 @@ def _dequantize(prepared: Prepared, spec: LayerSpec, rows: slice | torch.Tensor,
     scale = _some(prepared.extras["scale"], rows).unsqueeze(-1)
     if scheme.grid != "int":
         values = prepared.extras["pairs"].index_select(0, packed.reshape(-1).to(torch.int32)).view(torch.float32)
-        values = values.view(packed.shape[0], -1)[:, :columns]
-        weight = values.view(packed.shape[0], -1, spec.group).mul_(scale.to(torch.float32)).to(dtype)
+        values = values.view(packed.shape[0], packed.shape[1] * 2)[:, :columns]
+        weight = values.view(packed.shape[0], columns // spec.group, spec.group).mul_(scale.to(torch.float32)).to(dtype)
     else:
-        codes = unpack_codes(packed, scheme.bits, columns).view(packed.shape[0], -1, spec.group)
+        codes = unpack_codes(packed, scheme.bits, columns).view(packed.shape[0], columns // spec.group, spec.group)
         weight = scaled(codes, _zero(prepared, scheme, rows), scale, dtype)
     return weight.reshape(-1, columns)
 

@@ -11,18 +11,25 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_quant.grids import Scheme
 from hf_quant.kernels import registry
+from hf_quant.nn.embedding import QuantEmbedding, SharedHead, embedding_of
 from hf_quant.nn.linear import QuantLinear
 from hf_quant.nn.ordered import OrderedQuantLinear
+from hf_quant.nn.packed import PackedWeight
 from hf_quant.tensor import QuantizedTensor
 
 
-def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Every quantized layer of a model, with its name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
+    """Every layer of a model that holds a packed weight, with its name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight))
+
+
+def shared_heads(model: nn.Module) -> Iterator[tuple[str, SharedHead]]:
+    """Every layer of a model that computes with the packed table of an embedding, with its name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SharedHead))
 
 
 def float_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of an ``nn.Linear`` or a ``Conv1D`` (which stores its weight transposed)."""
+    """``(out, in)`` of an ``nn.Linear``, an ``nn.Embedding`` or a ``Conv1D`` (which stores its weight transposed)."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     first, second = weight.shape
@@ -43,6 +50,10 @@ def put_empty(
     """
     for name, scheme in schemes.items():
         module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            table = QuantEmbedding.standing_for(module, scheme, scale_dtype, kernel, activations)
+            model.set_submodule(name, table)
+            continue
         rows, columns = float_shape(module)
         bias = module.bias
         kind = OrderedQuantLinear if name in ordered else QuantLinear
@@ -64,9 +75,12 @@ def put_empty(
 
 def put_quantized(
     model: nn.Module, name: str, tensor: QuantizedTensor, kernel: str, activations: str = registry.FLOAT
-) -> QuantLinear:
-    """Replace one float layer by a QuantLinear that holds ``tensor``; the float weight is freed."""
+) -> None:
+    """Replace one float layer by a quantized one that holds ``tensor``; the float weight is freed."""
     module = model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        model.set_submodule(name, embedding_of(tensor, module, kernel, activations))
+        return
     bias = module.bias
     given = bias if isinstance(bias, torch.Tensor) else None
     kind = QuantLinear if tensor.order is None else OrderedQuantLinear
@@ -74,7 +88,22 @@ def put_quantized(
     layer.transposed_source = isinstance(module, Conv1D)
     layer.train(module.training)
     model.set_submodule(name, layer)
-    return layer
+
+
+def share_tables(model: nn.Module, shares: Mapping[str, str]) -> None:
+    """Let layers compute with the packed tables of embeddings: ``{layer: embedding}``, the embeddings in place."""
+    for name, owner in shares.items():
+        module, table = model.get_submodule(name), model.get_submodule(owner)
+        assert isinstance(table, QuantEmbedding)
+        bias = getattr(module, "bias", None)
+        head = SharedHead(table, bias if isinstance(bias, torch.Tensor) else None)
+        model.set_submodule(name, head.train(module.training))
+
+
+def tied_to(model: nn.Module, name: str) -> str:
+    """The module whose weight is that of module ``name``, where the model ties it to one; else empty."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    return tied.get(f"{name}.weight", "").removesuffix(".weight") if isinstance(tied, dict) else ""
 
 
 def untie(model: nn.Module, name: str) -> None:
@@ -91,9 +120,21 @@ def untie(model: nn.Module, name: str) -> None:
 
 def put_float(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every QuantLinear by the float layer that it stands for, its weight rounded once to ``dtype``."""
+    heads = list(shared_heads(model))
     for name, layer in list(quantized_modules(model)):
-        weight = layer.dequantize(dtype)
         plain: nn.Module
+        if isinstance(layer, QuantEmbedding):
+            model.set_submodule(name, layer.plain(dtype))
+            tied = [(other, head) for other, head in heads if head.table is layer]
+            for other, head in tied:
+                plain = nn.Linear(layer.in_features, layer.out_features, bias=head.bias is not None, device="meta")
+                plain.weight = model.get_parameter(f"{name}.weight")
+                if head.bias is not None:
+                    plain.bias = nn.Parameter(head.bias.detach().to(dtype))
+                model.set_submodule(other, plain.train(head.training))
+            continue
+        assert isinstance(layer, QuantLinear)
+        weight = layer.dequantize(dtype)
         if layer.transposed_source:
             plain = Conv1D(layer.out_features, layer.in_features)
             plain.weight = nn.Parameter(weight.t().contiguous())

@@ -112,7 +112,7 @@ def test_library_leaves_conv1d_alone_so_we_refuse_it() -> None:
     ("scheme", "kind", "shape", "reason"),
     [
         (Scheme("nf4", 4, True, 64), "Linear", (8, 64), "nf4"),
-        (Scheme(), "Embedding", (8, 64), "Embedding"),
+        (Scheme(), "Conv2d", (8, 64), "Conv2d"),
         (Scheme(), "Linear", (8, 8, 32), "2-D"),
         (Scheme("int", 4, True, 128), "Linear", (8, 576), "does not divide"),
     ],

@@ -225,8 +225,9 @@ def test_unsupported_configs_are_named(changes, named) -> None:
 
 def test_unsupported_modules_are_named() -> None:
     resolver = ct.read_config(_stock(targets=["Linear", "Embedding"], ignore=[]))
-    with pytest.raises(FormatError, match=r"embed as int4 sym g32, but.*Embedding"):
-        resolver("embed", 64, 384, ("Embedding",))
+    assert resolver("embed", 64, 384, ("Embedding",)) == Scheme("int", 4, True, 32)
+    with pytest.raises(FormatError, match=r"embed as int4 sym g32, but.*FancyEmbedding"):
+        resolver("embed", 64, 384, ("FancyEmbedding", "Embedding"))
     with pytest.raises(FormatError, match=r"fc as int4 sym g32.*FancyLinear"):
         resolver("fc", 64, 64, ("FancyLinear", "Linear"))
     with pytest.raises(FormatError, match=r"fc as int4 sym g32.*does not divide rows of 48"):

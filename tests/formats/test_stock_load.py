@@ -69,6 +69,16 @@ def _cases() -> list[Case]:
         Case("one-asym", "llama", _int(4, True, 32, **one_asymmetric), fails="mismatched"),
         Case("one-asym-dequantize", "llama", _int(4, True, 32, **one_asymmetric), dequantize=True, fails="conversion"),
     ]
+    table, other = {"overrides": {"embed_tokens": {}}}, {"overrides": {"embed_tokens": {"bits": 8}}}
+    for architecture in ("llama", "qwen3", "gemma3_text"):  # the last is tied, and multiplies what it looks up
+        recipe = _int(4, True, 32, **table)
+        cases.append(Case(f"{architecture}-table", architecture, recipe, fails="no attribute"))
+        cases.append(Case(f"{architecture}-table-dequantize", architecture, recipe, dequantize=True))
+    cases += [
+        Case("table-asym-dequantize", "llama", _int(8, False, 64, **table), dequantize=True),
+        Case("other-table", "llama", _int(4, True, 32, **other), fails="no attribute"),
+        Case("other-table-dequantize", "llama", _int(4, True, 32, **other), dequantize=True, fails="garbage"),
+    ]
     for dtype in ("bfloat16", "float16"):
         half = {"dtype": dtype, "scales": dtype}
         cases.append(Case(f"{dtype}-int4", "llama", _int(4, True, 32), **half))
