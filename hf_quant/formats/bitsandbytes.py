@@ -296,6 +296,11 @@ def _scheme_entry(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 def stock_loading(plan: Plan) -> str:
     """One sentence for the model card: what stock transformers needs to load this plan's checkpoint."""
+    if plan.experts:
+        return (
+            "Stock transformers cannot load experts quantized by bitsandbytes (they come out wrong "
+            "or not at all): `import hf_quant` before `from_pretrained(...)`."
+        )
     sentence = "Stock transformers loads it with `pip install bitsandbytes accelerate` and no other argument."
     ragged = [layer.name for layer in plan.quantized if layer.shape[0] % _CPU_ROWS]
     if not ragged:

@@ -22,7 +22,8 @@ experts, one symmetric scheme             yes, where its conversion      yes, li
                                           mapping merges experts
 experts that it does not merge (GPT-OSS,  **random experts**, warned of  **random experts**, warned of
 Granite), which are fused in float
-experts, asymmetric or several schemes    no                             no
+experts, asymmetric                       no                             no
+experts, several schemes                  **wrong weights, no error**    **wrong weights, no error**
 ========================================  =============================  =====================================
 
 The default path casts ``weight_scale`` to the model's dtype and multiplies in it; ``dequantize=True`` multiplies in the
@@ -210,8 +211,8 @@ def stock_loading(plan: Plan) -> str:
         if plan.experts == "apart" or not one:
             why = "stored one by one" if plan.experts == "apart" else "unless all have one symmetric scheme"
             return (
-                f"Stock transformers cannot load the experts of {plan.model_type} {why} (it leaves them at random "
-                "values or fails): `import hf_quant` before `from_pretrained(...)`."
+                f"Stock transformers cannot load the experts of {plan.model_type} {why} (they come out "
+                "wrong or not at all): `import hf_quant` before `from_pretrained(...)`."
             )
     schemes = {layer.scheme for layer in plan.quantized if layer.scheme is not None}
     install = "Stock transformers loads it with `pip install compressed-tensors`"

@@ -82,6 +82,30 @@ def split_modules(model: nn.Module) -> dict[str, SplitExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
 
 
+def stock_experts(model: nn.Module, quantized: Collection[str]) -> str:
+    """What stock transformers makes of a checkpoint whose experts are stored one by one.
+
+    ``""`` when they are like any other layers to it, or none of these layers is within experts; ``merged`` when it puts
+    them together as it loads them; ``apart`` when it does not: then it leaves the experts at random values.
+    """
+    # imported here: transformers imports our plugin, and with it this file, along with its quantizers
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    leaves = leaf_names(model)
+    result = ""
+    for name, module in model.named_modules():
+        split = isinstance(module, SplitExperts)
+        if not (split or is_fused(module)) or not any(layer.startswith(f"{name}.") for layer in quantized):
+            continue
+        kind = type(module.original if isinstance(module, SplitExperts) else module).__name__
+        if kind in MODULES_TO_PATCH_FOR_QUANTIZATION:
+            continue
+        if not any(f".{name}.{DOWN}".endswith(ending) for ending in leaves):
+            return "apart"
+        result = "merged"
+    return result
+
+
 def _split(module: nn.Module, layout: Layout, leaves: dict[str, tuple[str, ...]], name: str) -> SplitExperts:
     def known(parameter: str, default: tuple[str, ...]) -> tuple[str, ...]:
         full = f".{name}.{parameter}"
