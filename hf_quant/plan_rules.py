@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from functools import cache
 
+import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from hf_quant.config import HfQuantConfig, LayerRequest
@@ -17,8 +20,36 @@ REGEX = "re:"
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Layers whose weight is only ever used by calling them: ``nn.Linear`` itself and GPT-2's transposed ``Conv1D``."""
-    return type(module) is nn.Linear or type(module) is Conv1D
+    """Layers whose weight is only ever used by calling them.
+
+    These are ``nn.Linear`` itself, GPT-2's transposed ``Conv1D``, and subclasses of transformers' own that change nothing
+    but how the product is written (Falcon's); torch's own subclasses are read without being called.
+    """
+    return type(module) is nn.Linear or type(module) is Conv1D or _is_renamed_linear(type(module))
+
+
+@cache
+def _is_renamed_linear(kind: type[nn.Module]) -> bool:
+    """Whether a class is an ``nn.Linear`` with a forward that gives the same, which is tried."""
+    between = kind.__mro__[: kind.__mro__.index(nn.Linear)] if issubclass(kind, nn.Linear) else ()
+    own = {name for each in between for name in vars(each) if not name.startswith("__")}
+    if (
+        not own <= {"forward"}
+        or not all(each.__module__.startswith("transformers.") for each in between)
+        or not between
+    ):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Linear(3, 2, device="cpu", dtype=torch.float32)
+    x, weight, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in ((4, 3), (2, 3), (2,)))
+    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
+    plain.__class__ = kind
+    try:
+        with torch.no_grad():
+            found = plain(x)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, torch.Tensor) and torch.allclose(found, linear(x, weight, bias), atol=1e-5)
 
 
 def matches(pattern: str, name: str) -> bool:
