@@ -37,12 +37,12 @@ if TYPE_CHECKING:  # transformers imports its quantizers, and with them this fil
 
 logger = logging.getLogger("hf_quant")
 RUNTIME_VARIABLE = "HF_QUANT_RUNTIME"
-# what transformers calls the method -> the package that its config class needs, if any
+# what transformers calls the method -> the package that its stock quantizer needs
 _METHODS = {
     compressed_tensors.NAME: "compressed_tensors",
     "bitsandbytes_4bit": "bitsandbytes",
-    gptq.METHOD: None,
-    awq.NAME: None,
+    gptq.METHOD: "gptqmodel",
+    awq.NAME: "gptqmodel",
 }
 _ACCELERATED = (gptq.METHOD, awq.NAME)  # their stock kernels are the better ones away from the CPU
 _replaced: dict[str, Any] = {}
@@ -194,9 +194,8 @@ class StockRuntime(Runtime):
 class StoredConfig(QuantizationConfigMixin):
     """The config of a checkpoint as it is, where the stock class needs a package that is not installed."""
 
-    def __init__(self, method: str, package: str, stored: Mapping[str, Any]) -> None:
+    def __init__(self, method: str, stored: Mapping[str, Any]) -> None:
         self.quant_method = method
-        self.package = package
         self.stored = dict(stored)
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,9 +208,10 @@ def _dispatch(method: str) -> Callable[..., HfQuantizer]:
     stock = _replaced[method]
 
     def make_stock(quantization_config: QuantizationConfigMixin, **kwargs: Any) -> HfQuantizer:
-        if isinstance(quantization_config, StoredConfig):
-            package = quantization_config.package.replace("_", "-")
-            raise DependencyError(f"this {method} checkpoint needs {package}.", f"pip install {package}.")
+        package = _METHODS[method]
+        if not _installed(package):
+            name = package.replace("_", "-")
+            raise DependencyError(f"the stock quantizer of {method} needs {name}.", f"pip install {name}.")
         found: HfQuantizer = stock(quantization_config, **kwargs)
         return found
 
@@ -226,13 +226,13 @@ def _dispatch(method: str) -> Callable[..., HfQuantizer]:
     return make
 
 
-def _config_reader(method: str, package: str) -> Any:
+def _config_reader(method: str) -> Any:
     class Reader:
         """A stand-in for a config class that cannot be made without its package."""
 
         @staticmethod
         def from_dict(stored: Mapping[str, Any], **kwargs: Any) -> StoredConfig:
-            return StoredConfig(method, package, stored)
+            return StoredConfig(method, stored)
 
     return Reader
 
@@ -244,9 +244,9 @@ def enable() -> None:
             continue
         _replaced[method] = auto.AUTO_QUANTIZER_MAPPING[method]
         auto.AUTO_QUANTIZER_MAPPING[method] = _dispatch(method)
-        if package is not None and importlib.util.find_spec(package) is None:
+        if method not in _ACCELERATED and not _installed(package):  # their config classes need the package, too
             _replaced_configs[method] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
-            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _config_reader(method, package)
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _config_reader(method)
 
 
 def disable() -> None:
@@ -264,6 +264,10 @@ def enable_by_default() -> None:
     register()
     if os.environ.get(RUNTIME_VARIABLE, "hf_quant") != "stock":
         enable()
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _log(name: str, reason: str) -> None:

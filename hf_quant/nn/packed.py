@@ -127,8 +127,9 @@ class PackedWeight(nn.Module):
 
     def assign(self, tensor: QuantizedTensor) -> None:
         """Make ``tensor`` the weight of this layer."""
+        parameters = self.named_tensors(tensor)  # what does not fit leaves the layer as it is
         self.forget()
-        for name, parameter in self.named_tensors(tensor).items():
+        for name, parameter in parameters.items():
             setattr(self, name, parameter)
 
     def quantized(self) -> QuantizedTensor:

@@ -188,7 +188,7 @@ def logits(job: dict[str, Any]) -> dict[str, torch.Tensor]:
         extra["quantization_config"] = CONFIGS[job["method"]](bits=4, backend=options["backend"])
     model = AutoModelForCausalLM.from_pretrained(job["out"], dtype=getattr(torch, job["dtype"]), **extra).eval()
     with torch.no_grad():
-        return {"logits": model(IDS).logits.float().contiguous()}
+        return {"logits": model(torch.tensor(job.get("ids", IDS.tolist()))).logits.float().contiguous()}
 
 
 def main(jobs: Path) -> None:
