@@ -22,10 +22,10 @@ REGEX = "re:"
 def is_linear(module: nn.Module) -> bool:
     """Layers whose weight is only ever used by calling them.
 
-    These are ``nn.Linear`` itself, GPT-2's transposed ``Conv1D``, and subclasses of transformers' own that change nothing
-    but how the product is written (Falcon's); torch's own subclasses are read without being called.
+    These are ``nn.Linear`` itself, GPT-2's transposed ``Conv1D``, and subclasses of transformers that change nothing
+    but how the product is written (Falcon's). A subclass of torch is read without being called.
     """
-    return type(module) is nn.Linear or type(module) is Conv1D or _is_renamed_linear(type(module))
+    return type(module) is nn.Linear or type(module) is Conv1D or _is_renamed_linear(type(module))  # type: ignore[arg-type]
 
 
 @cache
@@ -43,7 +43,7 @@ def _is_renamed_linear(kind: type[nn.Module]) -> bool:
     plain = nn.Linear(3, 2, device="cpu", dtype=torch.float32)
     x, weight, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in ((4, 3), (2, 3), (2,)))
     plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
-    plain.__class__ = kind
+    object.__setattr__(plain, "__class__", kind)
     try:
         with torch.no_grad():
             found = plain(x)
