@@ -146,7 +146,7 @@ def vllm_reads(facts: Facts) -> bool:
     head, rows and columns in multiples of 32. (vLLM fuses neighbouring projections, so they must all be alike.)"""
     labels = list(facts.weights_by_label)
     match = LABEL.fullmatch(labels[0]) if len(labels) == 1 else None
-    if facts.is_bitsandbytes or match is None or match["grid"] != "int4" or match["group"] == "per-channel":
+    if not facts.is_compressed_tensors or match is None or match["grid"] != "int4" or match["group"] == "per-channel":
         return False
     if int(match["group"][1:]) % 2 or any(size % 32 for row in facts.quantized for size in row.shape):
         return False
@@ -176,7 +176,7 @@ def limits(facts: Facts) -> list[str]:
     elif results is not None:
         found.append("Speed was not measured.")
     found.append("Only weights are quantized. Activations and the KV cache keep the dtype of the loaded model.")
-    if not facts.is_bitsandbytes:
+    if facts.is_compressed_tensors:
         found.append(
             "Stock transformers expands compressed-tensors weights to the model's dtype at load or in the first "
             "forward pass: the file is small there, the memory is not; what is saved after that is no longer quantized."

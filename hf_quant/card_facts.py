@@ -73,6 +73,10 @@ class Facts:
         return self.provenance["format"] == "bitsandbytes"
 
     @property
+    def is_compressed_tensors(self) -> bool:
+        return self.provenance["format"] in ("compressed-tensors", "int-quantized", "naive-quantized")
+
+    @property
     def is_asymmetric(self) -> bool:
         return any(" asym " in f"{label} " for label in self.weights_by_label)
 

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -43,7 +43,9 @@ class Snippet:
     packages: str = field(init=False)
 
     def __post_init__(self) -> None:
-        package = "bitsandbytes" if self.facts.is_bitsandbytes else "compressed-tensors"
+        package = "gptqmodel optimum"  # GPTQ and AWQ, which `hf-quant convert` writes
+        if self.facts.is_bitsandbytes or self.facts.is_compressed_tensors:
+            package = "bitsandbytes" if self.facts.is_bitsandbytes else "compressed-tensors"
         object.__setattr__(self, "packages", f"torch transformers accelerate {package}")
 
     @property
@@ -65,7 +67,7 @@ class Snippet:
     @property
     def dequantize(self) -> bool:
         """Stock transformers cannot run the layout packed: zero points."""
-        return not self.facts.is_bitsandbytes and self.facts.is_asymmetric
+        return self.facts.is_compressed_tensors and self.facts.is_asymmetric
 
     @property
     def generates(self) -> bool:
@@ -87,7 +89,16 @@ def _literal(text: str) -> str:
 
 
 def quantize_command(provenance: Mapping[str, Any], checkpoint: CheckpointFacts) -> str:
-    """The command that made the checkpoint: as recorded, else the one that makes it from the printed recipe."""
+    """The command that made the checkpoint: as recorded, else the one that makes it from the printed recipe.
+
+    One that was converted afterwards has a second line.
+    """
+    name = one_line(checkpoint.name)
+    before = provenance.get("converted_from")
+    if before:
+        quantized, target = f"{name}-{before}", str(provenance["format"]).removesuffix("_v2")
+        made = quantize_command({**provenance, "converted_from": None}, replace(checkpoint, name=quantized))
+        return f"{made}\n{shlex.join(['hf-quant', 'convert', quantized, name, '--to', target])}"
     given = provenance.get("command")
     if isinstance(given, str) and given:
         return one_line(given)
@@ -95,7 +106,7 @@ def quantize_command(provenance: Mapping[str, Any], checkpoint: CheckpointFacts)
     words = ["hf-quant", "quantize", source, "--recipe", "recipe.yaml"]
     if provenance.get("base_revision"):
         words += ["--revision", str(provenance["base_revision"])]
-    return shlex.join([*words, "--output-dir", one_line(checkpoint.name)])
+    return shlex.join([*words, "--output-dir", name])
 
 
 def recipe_yaml(recipe: Mapping[str, Any]) -> str:

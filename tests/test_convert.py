@@ -140,6 +140,11 @@ def test_the_command(quantized, tmp_path) -> None:
     assert "14 layers from compressed-tensors to awq, exactly" in run.output
     refused = CliRunner().invoke(app, ["convert", str(tmp_path / "out"), str(tmp_path / "b"), "--to", "bitsandbytes"])
     assert refused.exit_code == 2
+    card = CliRunner().invoke(app, ["card", str(tmp_path / "out"), "--allow-unmeasured"])
+    assert card.exit_code == 0, card.output
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "hf-quant convert out-compressed-tensors out --to awq" in text
+    assert "pip install torch transformers accelerate gptqmodel" in text and "compressed-tensors weights" not in text
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output
     assert "converted   from compressed-tensors" in shown.output
