@@ -156,7 +156,7 @@ class StockRuntime(Runtime):
             FormatError: the two disagree, or a layout that our kernels do not hold.
         """
         rows, columns = float_shape(module)
-        kinds = ("Embedding",) if is_embedding(module) else (type(module).__name__,)
+        kinds = ("Embedding",) if is_embedding(module) else _kinds(module)
         refined = isinstance(self.format, Refined)
         if stored is None:
             if refined:
@@ -268,6 +268,12 @@ def enable_by_default() -> None:
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def _kinds(module: nn.Module) -> tuple[str, ...]:
+    """What a config may call a linear layer: by its class (Falcon has one of its own), and by what it is."""
+    own = type(module).__name__
+    return ("Linear", own) if isinstance(module, nn.Linear) else (own,)
 
 
 def _log(name: str, reason: str) -> None:

@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hf_quant.errors import FormatError
+from hf_quant.nn.splitting import is_fused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,13 +82,16 @@ def stored_modules(
 def missing_weights(model: PreTrainedModel, keys: Iterable[str], names: Iterable[str]) -> list[str]:
     """Those of ``names`` (modules) whose weight is not among the ``keys`` of a checkpoint, renamed as when loading.
 
-    Nothing is missed where the model's loader also splits or merges tensors: then the keys alone do not tell.
+    Nothing is missed where the model's loader also splits or merges tensors, nor of experts that are fused in the files
+    (under whatever name): then the keys alone do not tell.
     """
     found = {key.removesuffix(".weight"): StoredModule("") for key in keys if key.endswith(".weight")}
     if any(isinstance(conversion, WeightConverter) for conversion in get_model_conversion_mapping(model)):
         return []
     present = _renamed(model, found)
-    return [name for name in names if name not in present]
+    fused = (f"{name}." for name, module in model.named_modules() if is_fused(module))
+    whole = tuple(prefix for prefix in fused if not any(name.startswith(prefix) for name in present))
+    return [name for name in names if name not in present and not name.startswith(whole)]
 
 
 def scale_dtype(modules: Iterable[StoredModule], suffix: str) -> torch.dtype | None:
