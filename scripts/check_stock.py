@@ -117,9 +117,6 @@ def run_child(python: Path, jobs: list[dict[str, Any]], folder: Path) -> None:
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    extra = os.environ.get("HF_QUANT_PEER_PATH")  # more packages for that interpreter
-    if extra:
-        environment["PYTHONPATH"] = extra
     done = subprocess.run([str(python), str(_CHILD), str(file)], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{python} {_CHILD.name} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -41,6 +41,7 @@ RUNTIME_VARIABLE = "HF_QUANT_RUNTIME"
 _METHODS = {
     compressed_tensors.NAME: "compressed_tensors",
     "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",  # LLM.int8, which is never ours: only to say so
     gptq.METHOD: "gptqmodel",
     awq.NAME: "gptqmodel",
 }

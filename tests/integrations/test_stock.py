@@ -295,6 +295,13 @@ def test_what_we_do_not_read_is_left_to_the_stock_quantizer(case, change, reason
     assert "left to its stock quantizer" in line and reason in line
 
 
+def test_llm_int8_is_left_to_the_stock_quantizer(warnings_of) -> None:
+    quantizer = AutoHfQuantizer.from_config({"quant_method": "bitsandbytes", "load_in_8bit": True}, pre_quantized=True)
+    assert type(quantizer).__name__ == "Bnb8BitHfQuantizer"
+    (line,) = warnings_of()
+    assert "not bitsandbytes 4-bit" in line
+
+
 def test_an_accelerator_is_left_to_the_stock_quantizer(warnings_of, monkeypatch) -> None:
     for device_map in ({"": "cuda:0"}, {"": 0}, {"model": "cpu", "lm_head": torch.device("cuda")}):
         assert stock._elsewhere("gptq", device_map)
