@@ -18,6 +18,7 @@ from hf_quant.nn.embedding import is_embedding
 from hf_quant.nn.splitting import expanded_modules, left_fused, stock_experts
 from hf_quant.plan_bytes import planned_bytes
 from hf_quant.plan_rules import Rules, is_linear
+from hf_quant.plan_stock import stock_packed
 
 EMBEDDING = "Embedding"
 _STORED = "as the checkpoint has it"
@@ -62,7 +63,11 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every weight of a model and what happens to it; ``experts`` as :func:`hf_quant.nn.splitting.stock_experts`."""
+    """Every weight of a model and what happens to it.
+
+    What stock transformers can do with it: ``experts`` as :func:`hf_quant.nn.splitting.stock_experts` says it,
+    ``packed`` as :func:`hf_quant.plan_stock.stock_packed`.
+    """
 
     architecture: str
     model_type: str
@@ -70,6 +75,7 @@ class Plan:
     scale_dtype: str
     layers: tuple[PlannedLayer, ...]
     experts: str = ""
+    packed: str = ""
 
     @cached_property
     def quantized(self) -> tuple[PlannedLayer, ...]:
@@ -337,8 +343,9 @@ def _plan_other(full: str, leaf: str, module: nn.Module, parameter: torch.Tensor
 
 def _plan(model: nn.Module, format_name: str, scale_dtype: str, layers: list[PlannedLayer]) -> Plan:
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    experts = stock_experts(model, [layer.name for layer in layers if layer.scheme is not None])
-    return _with_bytes(Plan(type(model).__name__, kind, format_name, scale_dtype, tuple(layers), experts))
+    names = [layer.name for layer in layers if layer.scheme is not None]
+    stock = stock_experts(model, names), stock_packed(model, names)
+    return _with_bytes(Plan(type(model).__name__, kind, format_name, scale_dtype, tuple(layers), *stock))
 
 
 def _with_bytes(plan: Plan) -> Plan:

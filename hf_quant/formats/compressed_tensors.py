@@ -217,6 +217,16 @@ def stock_loading(plan: Plan) -> str:
     schemes = {layer.scheme for layer in plan.quantized if layer.scheme is not None}
     install = "Stock transformers loads it with `pip install compressed-tensors`"
     table = next((layer.name for layer in plan.quantized if layer.kind == "Embedding"), None)
+    if plan.packed == "nothing":
+        return (
+            f"Stock transformers cannot load packed {plan.model_type} weights, as it splits some: "
+            "`import hf_quant` before `from_pretrained(...)`."
+        )
+    if plan.packed and len(schemes) > 1:
+        return (
+            f"Stock transformers cannot load {plan.model_type} weights of several schemes (its code reads weights "
+            "while they are packed): `import hf_quant` before `from_pretrained(...)`."
+        )
     if table is not None and len(schemes) > 1:
         return (
             f"Stock transformers cannot load {table} beside layers of another scheme: "
@@ -232,7 +242,7 @@ def stock_loading(plan: Plan) -> str:
             f"{install} and no other argument; do not pass `dequantize=True`, "
             "which would decode every layer as if it had the first scheme."
         )
-    if table is None and all(scheme.symmetric for scheme in schemes):
+    if table is None and not plan.packed and all(scheme.symmetric for scheme in schemes):
         return f"{install} and no other argument."
     return f"{install} and `from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))`."
 

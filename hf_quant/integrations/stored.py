@@ -90,7 +90,9 @@ def missing_weights(model: PreTrainedModel, keys: Iterable[str], names: Iterable
         return []
     present = _renamed(model, found)
     fused = (f"{name}." for name, module in model.named_modules() if is_fused(module))
-    whole = tuple(prefix for prefix in fused if not any(name.startswith(prefix) for name in present))
+    names = list(names)
+    inside = {prefix: [name for name in names if name.startswith(prefix)] for prefix in fused}
+    whole = tuple(prefix for prefix, below in inside.items() if not any(name in present for name in below))
     return [name for name in names if name not in present and not name.startswith(whole)]
 
 
