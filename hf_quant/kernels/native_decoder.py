@@ -1,8 +1,9 @@
-"""The fused decoder of the native library: its structures, and the call that runs all layers for one token per row."""
+"""The fused decoder of the native library: its structures, and the call that runs all layers for new tokens of each row."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
@@ -11,9 +12,10 @@ from hf_quant.kernels import native_library
 from hf_quant.kernels.native import NativePrepared
 from hf_quant.kernels.native_library import Weight
 
-ABI = 2
+ABI = 3
 POSITION, MASKED = 100, 101  # codes of csrc/decoder_abi.h
 HEAD_DIM_STEP, MAX_HEAD_DIM = 16, 256
+FEW_TOKENS = 64  # attention of many tokens is written for AVX-512 only; elsewhere it takes one query after the other
 
 
 class Projection(ctypes.Structure):
@@ -52,6 +54,7 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         ("rows", c_int64),
+        ("news", c_int64),
         ("x", c_void_p),
         ("y", c_void_p),
         ("positions", c_void_p),
@@ -83,6 +86,11 @@ def entry() -> Callable[..., int]:
     found = _load()[0]
     assert found is not None
     return found[0]
+
+
+def most_tokens() -> int:
+    """New tokens (times rows) of one forward that the library runs as fast as torch would, or faster."""
+    return sys.maxsize if native_library.variant() == "avx512" else FEW_TOKENS
 
 
 def float_linear() -> Callable[..., int]:

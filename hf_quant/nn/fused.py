@@ -1,8 +1,8 @@
-"""One native call per token instead of thousands of torch ops: the forward of a Llama-like decoder while it generates.
+"""One native call instead of thousands of torch ops: the forward of a Llama-like decoder.
 
 :func:`fuse` gives the decoder of a model (``LlamaModel`` and the like) another ``forward``. It runs the native code
-when a call is one that this can answer exactly (one new token per row, no gradients, a plain cache, nobody listening),
-and the model's own forward for every other call. Nothing else of the model changes, and :func:`unfuse` takes it back.
+when a call is one that this can answer exactly (no gradients, causal, a plain cache or none, nobody listening), and the
+model's own forward for every other call. Nothing else of the model changes, and :func:`unfuse` takes it back.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hf_quant.kernels import native_decoder, native_library
 from hf_quant.nn.decoder import ATTENTIONS, Parts, Refusal, decoders, take_apart
 from hf_quant.nn.forwards import StandIn
-from hf_quant.nn.growing import Addresses, GrowingLayer
 from hf_quant.nn.head import HeadForward, head_of
+from hf_quant.nn.fused_inputs import mask_of, positions_of
 from hf_quant.nn.prepared_decoder import PreparedDecoder, Watch, noted
+from hf_quant.nn.slots import Slots, slots_of
 from hf_quant.nn.switching import enabled, switch
 
 __all__ = ["FusedForward", "FusedReport", "describe_fused", "enabled", "fuse", "switch", "unfuse"]
 
 MAX_ROWS = 64
+CHUNK = 512  # tokens (times rows) of one native call; more would only take more memory
 _QUIET = frozenset(("use_cache", "return_dict", "output_attentions", "output_hidden_states"))
 
 
@@ -109,42 +111,52 @@ class FusedForward(StandIn):
     ) -> BaseModelOutputWithPast | None:
         """The output of a call that the native code can answer, None for every other; nothing is touched then."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if type(tokens) is not torch.Tensor or tokens.dim() < 2 or tokens.shape[1] != 1 or past_key_values is None:
+        if type(tokens) is not torch.Tensor or tokens.dim() < 2 or (input_ids is None) == (inputs_embeds is None):
             return None
-        if (input_ids is None) == (inputs_embeds is None) or not 0 < tokens.shape[0] <= MAX_ROWS:
+        rows, news = tokens.shape[:2]
+        if not 0 < rows <= MAX_ROWS or not 0 < news or (news > 1 and rows * news > native_decoder.most_tokens()):
             return None
         decoder = self.module()
         if decoder is None or not _calm(decoder, others) or self.before is not None:
+            return None
+        cached = others.get("use_cache")
+        cached = decoder.config.use_cache if cached is None else cached
+        if past_key_values is None and cached:
+            past_key_values = DynamicCache(config=decoder.config)
+        elif past_key_values is not None and not cached:
             return None
         prepared = self._prepared
         if prepared is None or not self._goes_on(past_key_values):
             prepared = self._current(decoder)
         if prepared is None:
             return None
-        rows = tokens.shape[0]
-        slots = _slots(past_key_values, prepared, rows)
+        slots = slots_of(past_key_values, prepared, rows, news)
         if slots is None:
             return None
-        mask = _mask(attention_mask, rows, slots)
-        positions = _positions(position_ids, rows, slots.past)
+        mask = mask_of(attention_mask, rows, news, slots)
+        positions = positions_of(position_ids, rows, news, slots.past, masked=attention_mask is not None)
         if mask is None or positions is None:
             return None
         x = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if type(x) is not torch.Tensor or x.dtype != prepared.parts.dtype or x.device.type != "cpu":
             return None
-        if x.shape != (rows, 1, prepared.parts.sizes[0]):
+        if x.shape != (rows, news, prepared.parts.sizes[0]):
             return None
         y = _run(prepared, x.contiguous(), positions, slots, mask)
         if y is None:
             return None
-        slots.advance()
-        self._last = (weakref.ref(past_key_values), slots.past + 1, noted())
+        slots.advance(news)
+        # the first token after a prompt looks at the whole model once more: callers replace forwards between the two
+        if past_key_values is not None and news == 1:
+            self._last = (weakref.ref(past_key_values), slots.past + 1, noted())
         return BaseModelOutputWithPast(last_hidden_state=y, past_key_values=past_key_values)
 
     def _goes_on(self, cache: Any) -> bool:
         """Whether this is the token after the last one, and no hook was registered and no layout changed since."""
         last = self._last
-        return bool(last) and last[0]() is cache and last[1] == cache.get_seq_length() and last[2] == noted()
+        if not last or cache is None or last[0]() is not cache:
+            return False
+        return bool(last[1] == cache.get_seq_length() and last[2] == noted())
 
     def _current(self, decoder: Any) -> PreparedDecoder | None:
         """The description of the decoder as it is; None when it cannot run natively now."""
@@ -168,7 +180,7 @@ def _calm(decoder: Any, others: dict[str, Any]) -> bool:
         if name not in _QUIET:
             if value is not None:
                 return False
-        elif value is not None and bool(value) != (name in ("use_cache", "return_dict")):
+        elif name != "use_cache" and value is not None and bool(value) != (name == "return_dict"):
             return False
     config = decoder.config
     if (
@@ -177,167 +189,46 @@ def _calm(decoder: Any, others: dict[str, Any]) -> bool:
         or not getattr(config, "is_causal", True)
     ):
         return False
-    if others.get("use_cache") is None and not config.use_cache:
-        return False
     return not (config.output_attentions or config.output_hidden_states)
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Slots:
-    """Where keys and values lie; strides in elements."""
-
-    layers: list[Any]
-    keys: Any
-    values: Any
-    row_stride: int
-    head_stride: int
-    token_stride: int
-    past: int
-    lengths: Any = None
-
-    def advance(self) -> None:
-        """Count the new token (the native code counts it for a static cache)."""
-        if self.lengths is None:
-            for layer in self.layers:
-                layer.length += 1
-
-
-def _slots(cache: Any, prepared: PreparedDecoder, rows: int) -> _Slots | None:
-    if getattr(cache, "offloading", True) or len(cache.layers) != prepared.count:
-        return None
-    if type(cache) is DynamicCache:
-        return _dynamic_slots(cache.layers, prepared, rows)
-    return _static_slots(cache.layers, prepared, rows) if type(cache) is StaticCache else None
-
-
-def _dynamic_slots(layers: list[Any], prepared: PreparedDecoder, rows: int) -> _Slots | None:
-    first = layers[0]
-    addresses = first.addresses if type(first) is GrowingLayer else None
-    if addresses is not None:
-        length = first.length
-        for layer in layers:
-            if type(layer) is not GrowingLayer or layer.addresses is not addresses or layer.length != length:
-                addresses = None
-                break
-    if addresses is None or not first.room:
-        if not _own(layers, prepared, rows):
-            return None
-        first = layers[0]
-        addresses = first.addresses
-    store = first.key_store
-    if store.shape[0] != rows:
-        return None
-    row, head, token, _ = store.stride()
-    return _Slots(layers, addresses.keys, addresses.values, row, head, token, first.length)
-
-
-def _own(layers: list[Any], prepared: PreparedDecoder, rows: int) -> bool:
-    """Make every layer a GrowingLayer with room in storages of one shape; False when they hold something else."""
-    expected = None
-    for layer in layers:
-        if type(layer) not in (DynamicLayer, GrowingLayer) or not layer.is_initialized:
-            return False
-        for tensor in (layer.keys, layer.values):
-            if not _fits(tensor, prepared, rows) or expected not in (None, tensor.shape):
-                return False
-            expected = tensor.shape
-    for i, layer in enumerate(layers):
-        layers[i] = layer if type(layer) is GrowingLayer else GrowingLayer.adopt(layer)
-        layers[i].own()
-    Addresses().take(layers)
-    return True
-
-
-def _fits(tensor: Any, prepared: PreparedDecoder, rows: int) -> bool:
-    _, _, _, kv_heads, head_dim = prepared.parts.sizes
-    return (
-        type(tensor) is torch.Tensor
-        and tensor.dim() == 4
-        and (tensor.shape[0], tensor.shape[1], tensor.shape[3]) == (rows, kv_heads, head_dim)
-        and tensor.dtype == prepared.parts.dtype
-        and tensor.device.type == "cpu"
-        and not tensor.requires_grad
-    )
-
-
-def _static_slots(layers: list[Any], prepared: PreparedDecoder, rows: int) -> _Slots | None:
-    for layer in layers:
-        if type(layer) is not StaticLayer or not layer.is_initialized:
-            return None
-        if not all(_fits(t, prepared, rows) and t.is_contiguous() for t in (layer.keys, layer.values)):
-            return None
-    lengths = {int(layer.cumulative_length) for layer in layers}
-    past = lengths.pop()
-    if lengths or past >= layers[0].max_cache_len or layers[0].cumulative_length.dtype != torch.int64:
-        return None
-    kind = ctypes.c_void_p * len(layers)
-    row, head, token, _ = layers[0].keys.stride()
-    return _Slots(
-        layers,
-        kind(*(layer.keys.data_ptr() for layer in layers)),
-        kind(*(layer.values.data_ptr() for layer in layers)),
-        row,
-        head,
-        token,
-        past,
-        kind(*(layer.cumulative_length.data_ptr() for layer in layers)),
-    )
-
-
-# --- mask, positions, the call ---------------------------------------------------------------------------------------
-
-_NO_MASK = torch.empty(0, dtype=torch.bool)
-
-
-def _mask(mask: Any, rows: int, slots: _Slots) -> torch.Tensor | None:
-    """``[rows, >= past + 1]``, nonzero where a token may be attended to; empty for no mask, None for another kind."""
-    if isinstance(mask, dict):  # what generate makes for models that may have sliding layers
-        mask = mask.get("full_attention", False)
-    if mask is None:
-        return _NO_MASK
-    if type(mask) is not torch.Tensor or mask.device.type != "cpu":
-        return None
-    if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
-        mask = mask[:, 0, 0]
-        mask = mask.expand(rows, -1) if mask.shape[0] == 1 else mask
-    elif mask.dim() != 2 or mask.is_floating_point():
-        return None
-    length = slots.past + 1
-    if mask.shape[0] != rows or mask.shape[1] < length or (slots.lengths is None and mask.shape[1] != length):
-        return None
-    if mask.dtype not in (torch.int64, torch.bool, torch.uint8):
-        mask = mask != 0
-    return mask if mask.stride(1) == 1 else mask.contiguous()
-
-
-def _positions(positions: torch.Tensor | None, rows: int, past: int) -> torch.Tensor | None:
-    """int64 ``[rows or 1]``: the positions of the new tokens; None when they are given in another form."""
-    if positions is None:
-        return torch.tensor([past])
-    if type(positions) is not torch.Tensor or positions.dim() != 2 or positions.shape[1] != 1:
-        return None
-    if positions.shape[0] not in (1, rows) or positions.dtype != torch.int64 or positions.device.type != "cpu":
-        return None
-    return positions.contiguous()
-
-
 def _run(
-    prepared: PreparedDecoder, x: torch.Tensor, positions: torch.Tensor, slots: _Slots, mask: torch.Tensor
+    prepared: PreparedDecoder, x: torch.Tensor, positions: torch.Tensor, slots: Slots, mask: torch.Tensor
 ) -> torch.Tensor | None:
-    """``x [rows, 1, hidden]`` -> the same after all layers and the final norm; None: this cannot answer the call."""
-    y = torch.empty_like(x)
+    """``x [rows, news, hidden]`` -> the same after all layers and the final norm; None: this cannot answer the call."""
+    rows, news, _ = x.shape
     prepared.tables(1)
+    if news > 1:
+        lowest, highest = positions.aminmax()
+        if int(lowest) < 0:
+            return None
+        prepared.tables(int(highest) + 1)
+    if rows * news <= CHUNK or news == 1:
+        return _call(prepared, x, positions, slots, mask, 0)
+    step = max(1, CHUNK // rows)
+    found = []
+    for begin in range(0, news, step):
+        part = slice(begin, begin + step)
+        y = _call(prepared, x[:, part].contiguous(), positions[:, part].contiguous(), slots, mask, begin)
+        assert y is not None  # positions were looked at above, and no row is masked as a whole
+        found.append(y)
+    return torch.cat(found, dim=1)
+
+
+def _call(
+    prepared: PreparedDecoder, x: torch.Tensor, positions: torch.Tensor, slots: Slots, mask: torch.Tensor, begin: int
+) -> torch.Tensor | None:
+    """One native call for tokens that come ``begin`` tokens after the first new one."""
+    y = torch.empty_like(x)
     masked = mask.numel() > 0
     for _ in range(2):
         step = native_decoder.Step(
             x.shape[0],
+            x.shape[1],
             x.data_ptr(),
             y.data_ptr(),
             positions.data_ptr(),
-            int(positions.shape[0] > 1),
+            positions.shape[1] if positions.shape[0] > 1 else 0,
             prepared.cos.data_ptr(),
             prepared.sin.data_ptr(),
             prepared.cos.shape[0],
@@ -346,7 +237,7 @@ def _run(
             slots.row_stride,
             slots.head_stride,
             slots.token_stride,
-            slots.past,
+            slots.past + begin,
             mask.data_ptr() if masked else None,
             mask.stride(0) if masked else 0,
             mask.element_size() if masked else 0,

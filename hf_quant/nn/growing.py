@@ -67,6 +67,16 @@ class GrowingLayer(DynamicLayer):
         found.is_initialized = True
         return found
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int], dtype: torch.dtype) -> GrowingLayer:
+        """A layer that holds no tokens yet; ``shape`` is ``[batch, heads, 0, head_dim]``."""
+        found = cls()
+        found.dtype, found.device = dtype, torch.device("cpu")
+        with torch.inference_mode(False):
+            found.keys, found.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        found.is_initialized = True
+        return found
+
     def own(self, room: int = 1) -> None:
         """Copy keys and values into storages with room for at least ``room`` more tokens."""
         keys, values = self.keys, self.values

@@ -1,4 +1,4 @@
-// The C ABI of the fused decoder: all layers of a Llama-like model for one new token per row, in one call.
+// The C ABI of the fused decoder: all layers of a Llama-like model for new tokens of each row, in one call.
 #pragma once
 #include "hf_quant.h"
 
@@ -7,11 +7,11 @@
 extern "C" {
 #endif
 
-#define HFQ_DECODER_ABI 2
+#define HFQ_DECODER_ABI 3
 
 enum {
   HFQ_POSITION = 100,  // a position lies outside of the cos and sin tables
-  HFQ_MASKED = 101,    // a row may not attend to any token
+  HFQ_MASKED = 101,    // the only new token of a row may not attend to any
 };
 
 // y = x W^T + bias; the bias has the dtype of the model, or is NULL. mode: HFQ_EXACT or HFQ_INT8.
@@ -44,25 +44,25 @@ typedef struct {
   int32_t reserved;
 } hfq_decoder;
 
-// One new token in each of `rows` sequences. Strides are in elements.
+// `news` new tokens in each of `rows` sequences; each attends to itself and the tokens before it. Strides are in elements.
 typedef struct {
-  int64_t rows;
-  const void* x;  // [rows][hidden], the embedded tokens
-  void* y;        // [rows][hidden], after the final norm
-  const int64_t* positions;   // of the tokens, for the rotation
+  int64_t rows, news;
+  const void* x;  // [rows][news][hidden], the embedded tokens
+  void* y;        // [rows][news][hidden], after the final norm
+  const int64_t* positions;   // [news] of each row, for the rotation
   int64_t position_stride;    // 0: all rows have the same position
   const void* cos;            // [table_rows][head_dim]
   const void* sin;
   int64_t table_rows;
-  void* const* keys;          // per layer: [rows][kv_heads][>= past + 1][head_dim]; the new token is written at `past`
+  void* const* keys;          // per layer: [rows][kv_heads][>= past + news][head_dim]; new tokens are written from `past` on
   void* const* values;
   int64_t row_stride, head_stride, token_stride;
   int64_t past;
-  const void* mask;           // NULL or [rows][>= past + 1], nonzero where a token may be attended to
+  const void* mask;           // NULL or [rows][>= past + news], nonzero where a token may be attended to
   int64_t mask_stride;
   int32_t mask_bytes;         // of one number of the mask: 1 or 8
   int32_t reserved;
-  int64_t* const* lengths;    // NULL, or per layer a counter to be increased by one
+  int64_t* const* lengths;    // NULL, or per layer a counter to be increased by `news`
 } hfq_step;
 
 // HFQ_OK or an error code, in which case neither y nor the cache was touched. `threads` is an upper bound.

@@ -2,12 +2,11 @@
 //
 // bf16 activations take weights rounded to bf16, as the reference path does; float32 activations (and float16 ones, as
 // float32) take float32 weights.
-#include "avx512.h"
+#include "panel_avx512.h"
 
 namespace hfq {
 namespace {
 
-constexpr int kRows = 12;                  // rows of x in one pass; with two tiles 24 of the 32 registers are sums
 constexpr int64_t kRowBlock = 512 << 10;   // bytes of x that stay in the cache while the tiles pass
 constexpr int64_t kLeastRowBlock = 516;    // decoding two tiles costs as much as 8 rows: 192 rows were 6 % slower
 
@@ -69,53 +68,34 @@ void decode_tile(const hfq_weight& w, int64_t tile, T* to) {
   }
 }
 
-// One step of the inner product: a pair of columns (bf16) or one column (float32), both 4 bytes of x.
-HFQ_INLINE __m512 step(__m512 acc, const uint16_t* w, __m512i x) {
-  return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_load_si512(w), (__m512bh)x);
-}
-HFQ_INLINE __m512 step(__m512 acc, const float* w, __m512i x) {
-  return _mm512_fmadd_ps(_mm512_load_ps(w), _mm512_castsi512_ps(x), acc);
-}
+// Rows of y for NT tiles that are decoded in `panel`.
+template <int NT, class T>
+struct Tiles {
+  const Job& job;
+  const T* panel;
+  int64_t panel_stride, tile;
 
-template <int MR, int NT, class T>
-void multiply(const Job& job, const T* panel, int64_t panel_stride, int64_t tile, int64_t row) {
-  const Activations& a = *job.x;
-  const char* x = reinterpret_cast<const char*>(static_cast<const T*>(a.data) + row * a.row_stride);
-  const int64_t stride = a.row_stride * static_cast<int64_t>(sizeof(T));
-  const int64_t steps = a.padded * static_cast<int64_t>(sizeof(T)) / 4, width = 64 / static_cast<int64_t>(sizeof(T));
-  __m512 acc[NT][MR];
+  template <int MR>
+  void rows(int64_t row) const {
+    const Activations& a = *job.x;
+    const int64_t stride = a.row_stride * static_cast<int64_t>(sizeof(T));
+    __m512 acc[NT][MR];
 #pragma GCC unroll 2
-  for (int n = 0; n < NT; ++n) {
+    for (int n = 0; n < NT; ++n) {
 #pragma GCC unroll 12
-    for (int m = 0; m < MR; ++m) acc[n][m] = _mm512_setzero_ps();
-  }
-  for (int64_t s = 0; s < steps; ++s, panel += width, x += 4) {
-#pragma GCC unroll 12
-    for (int m = 0; m < MR; ++m) {
-      int32_t value;
-      memcpy(&value, x + m * stride, 4);
-      const __m512i columns = broadcast(value);
+      for (int m = 0; m < MR; ++m) acc[n][m] = _mm512_setzero_ps();
+    }
+    panel_steps<MR, NT, T>(acc, panel, panel_stride, static_cast<const char*>(a.data) + row * stride, stride,
+                           a.padded * static_cast<int64_t>(sizeof(T)) / 4);
 #pragma GCC unroll 2
-      for (int n = 0; n < NT; ++n) acc[n][m] = step(acc[n][m], panel + n * panel_stride, columns);
+    for (int n = 0; n < NT; ++n) {
+      const __mmask16 mask = tile_mask(*job.weight, tile + n);
+      const __m512 bias = load_bias(job, tile + n, mask);
+#pragma GCC unroll 12
+      for (int m = 0; m < MR; ++m) store_tile(job, row + m, tile + n, mask, _mm512_add_ps(acc[n][m], bias));
     }
   }
-#pragma GCC unroll 2
-  for (int n = 0; n < NT; ++n) {
-    const __mmask16 mask = tile_mask(*job.weight, tile + n);
-    const __m512 bias = load_bias(job, tile + n, mask);
-#pragma GCC unroll 12
-    for (int m = 0; m < MR; ++m) store_tile(job, row + m, tile + n, mask, _mm512_add_ps(acc[n][m], bias));
-  }
-}
-
-template <int NT, class T>
-void multiply_rows(const Job& job, const T* panel, int64_t panel_stride, int64_t tile, int64_t row, int64_t end) {
-  for (; end - row >= kRows; row += kRows) multiply<kRows, NT, T>(job, panel, panel_stride, tile, row);
-  if (end - row >= 8) multiply<8, NT, T>(job, panel, panel_stride, tile, row), row += 8;
-  if (end - row >= 4) multiply<4, NT, T>(job, panel, panel_stride, tile, row), row += 4;
-  if (end - row >= 2) multiply<2, NT, T>(job, panel, panel_stride, tile, row), row += 2;
-  if (end - row >= 1) multiply<1, NT, T>(job, panel, panel_stride, tile, row), row += 1;
-}
+};
 
 template <class T>
 void dense(const Job& job, int64_t first_tile, int64_t last_tile) {
@@ -123,7 +103,7 @@ void dense(const Job& job, int64_t first_tile, int64_t last_tile) {
   const Activations& a = *job.x;
   const int64_t tile_numbers = a.padded * 16;
   T* panel = static_cast<T*>(scratch(static_cast<size_t>(tile_numbers) * 2 * sizeof(T)));
-  const int64_t fit = kRowBlock / (a.row_stride * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
+  const int64_t fit = kRowBlock / (a.row_stride * static_cast<int64_t>(sizeof(T))) / kPanelRows * kPanelRows;
   const int64_t block = fit < kLeastRowBlock ? kLeastRowBlock : fit;
   for (int64_t row = 0; row < a.rows; row += block) {
     const int64_t end = row + block < a.rows ? row + block : a.rows;
@@ -137,9 +117,9 @@ void dense(const Job& job, int64_t first_tile, int64_t last_tile) {
         }
       }
       if (tiles == 2) {
-        multiply_rows<2>(job, panel, tile_numbers, tile, row, end);
+        by_passes(Tiles<2, T>{job, panel, tile_numbers, tile}, row, end);
       } else {
-        multiply_rows<1>(job, panel, tile_numbers, tile, row, end);
+        by_passes(Tiles<1, T>{job, panel, tile_numbers, tile}, row, end);
       }
     }
   }

@@ -2,6 +2,7 @@
 //
 // All of it computes in float32 and rounds to the dtype of the model wherever transformers' modules do.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace hfq {
@@ -27,6 +28,34 @@ struct Attend {
   float* scores;                    // scratch: at least past + 1 - first + 16
 };
 
+// `heads` queries or keys of one token, which follow each other.
+struct Turn {
+  int32_t dtype;
+  int64_t heads, head_dim;
+  void* x;
+  const void* norm;         // [head_dim], or nullptr
+  float eps;
+  const void *cos, *sin;    // of the token's position, or nullptr: no rotation
+};
+
+constexpr int64_t kBlockRows = 96;  // the most queries (tokens times heads) of one AttendBlock
+
+// Some heads of neighbouring new tokens of one row, which share a key and value head; all tokens are in the cache.
+struct AttendBlock {
+  int32_t dtype;
+  int64_t head_dim, tokens, heads;  // tokens * heads <= kBlockRows
+  const void* q;                    // [tokens], q_stride apart, each with its heads side by side; normed and rotated
+  int64_t q_stride;
+  float scaling;
+  const void *keys, *values;        // of this row and head, the first token
+  int64_t token_stride;
+  int64_t first, past;              // new token i attends to [first, past + i], which may be nothing: the result is 0
+  const uint8_t* keep;              // nullptr, or one byte per token: 0 where it may not be attended to
+  void* out;                        // [tokens], out_stride apart
+  int64_t out_stride;
+  void* scratch;                    // block_scratch(head_dim, past + tokens) bytes, 64-byte aligned
+};
+
 // Outputs of a product with a float weight.
 struct FloatProduct {
   int32_t dtype;            // of weight, bias and y
@@ -43,6 +72,9 @@ struct Glue {
   // out = weight * round(x * rsqrt(mean(x^2) + eps)); scratch: 2 n floats.
   void (*norm)(const void* x, const void* weight, float eps, void* out, int64_t n, int32_t dtype, float* scratch);
   void (*attend)(const Attend& a);
+  void (*turn)(const Turn& t);
+  size_t (*block_scratch)(int64_t head_dim, int64_t length);
+  void (*attend_block)(const AttendBlock& a);
   // gate = round(silu(gate)) * up, in place
   void (*gate)(void* gate, const void* up, int64_t n, int32_t dtype);
   // x += y
@@ -50,6 +82,10 @@ struct Glue {
   // outputs [first, last)
   void (*float_product)(const FloatProduct& p, int64_t first, int64_t last);
 };
+
+// The AVX-512 ones of block_scratch and attend_block.
+size_t avx512_block_scratch(int64_t head_dim, int64_t length);
+void avx512_attend_block(const AttendBlock& a);
 
 const Glue* avx512_glue();  // nullptr where it was not compiled
 const Glue* avx2_glue();    // likewise

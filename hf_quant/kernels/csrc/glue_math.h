@@ -181,123 +181,13 @@ inline Vec sums(const Vec (&a)[16]) {
 }
 #endif
 
-template <class T>
-inline Vec dot(const float* q, const typename T::Number* k, int64_t n) {
-  Vec a = load(q) * T::load(k);
-  for (int64_t i = kLanes; i < n; i += kLanes) a += load(q + i) * T::load(k + i);
-  return a;
-}
+}  // namespace
+}  // namespace hfq
 
-// q . k of `count` tokens; the scores past the end, up to a multiple of 16, are overwritten.
-template <class T>
-void score(const Attend& a, const float* q, const typename T::Number* keys, int64_t count) {
-  int64_t t = 0;
-#if defined(__AVX512F__)
-  for (; t + 16 <= count; t += 16) {
-    Vec parts[16];
-    for (int i = 0; i < 16; ++i) parts[i] = dot<T>(q, keys + (t + i) * a.token_stride, a.head_dim);
-    store(a.scores + t, sums(parts));
-  }
-#endif
-  for (; t < count; ++t) a.scores[t] = sum(dot<T>(q, keys + t * a.token_stride, a.head_dim));
-}
+#include "glue_attention.h"
 
-// out += sum of p[t] values[t], in pieces of at most 4 vectors that stay in registers
-template <class T>
-void mix(const Attend& a, const typename T::Number* values, int64_t count, float* out) {
-  constexpr int kVecs = 4;
-  for (int64_t d = 0; d < a.head_dim; d += kVecs * kLanes) {
-    const int vecs = static_cast<int>((a.head_dim - d) / kLanes < kVecs ? (a.head_dim - d) / kLanes : kVecs);
-    Vec even[kVecs] = {}, odd[kVecs] = {};
-    if (vecs == kVecs) {
-      int64_t t = 0;
-      for (; t + 2 <= count; t += 2) {
-        const typename T::Number* v = values + t * a.token_stride + d;
-        for (int i = 0; i < kVecs; ++i) even[i] += T::load(v + i * kLanes) * a.scores[t];
-        for (int i = 0; i < kVecs; ++i) odd[i] += T::load(v + a.token_stride + i * kLanes) * a.scores[t + 1];
-      }
-      for (; t < count; ++t) {
-        const typename T::Number* v = values + t * a.token_stride + d;
-        for (int i = 0; i < kVecs; ++i) even[i] += T::load(v + i * kLanes) * a.scores[t];
-      }
-    } else {
-      for (int64_t t = 0; t < count; ++t) {
-        const typename T::Number* v = values + t * a.token_stride + d;
-        for (int i = 0; i < vecs; ++i) even[i] += T::load(v + i * kLanes) * a.scores[t];
-      }
-    }
-    for (int i = 0; i < vecs; ++i) store(out + d + i * kLanes, load(out + d + i * kLanes) + even[i] + odd[i]);
-  }
-}
-
-// Scores to weights that add up to the returned number, relative to the largest.
-inline float soften(float* scores, int64_t count, float scaling) {
-  float largest = -INFINITY;
-  for (int64_t t = 0; t < count; ++t) {
-    scores[t] *= scaling;
-    largest = scores[t] > largest ? scores[t] : largest;
-  }
-  for (int64_t t = 0; t < count; ++t) scores[t] = exponential(scores[t] - largest);
-  Vec total = {};
-  int64_t t = 0;
-  for (; t + kLanes <= count; t += kLanes) total += load(scores + t);
-  float rest = sum(total);
-  for (; t < count; ++t) rest += scores[t];
-  return rest;
-}
-
-template <class T>
-void attend_as(const Attend& a) {
-  typedef typename T::Number Number;
-  float q[kMaxHeadDim], k[kMaxHeadDim], v[kMaxHeadDim], out[kMaxHeadDim], cos[kMaxHeadDim], sin[kMaxHeadDim];
-  const int64_t n = a.head_dim;
-  load_numbers(a.q, q, n, a.dtype);
-  load_numbers(a.k, k, n, a.dtype);
-  load_numbers(a.v, v, n, a.dtype);
-  if (a.q_norm) {
-    normalise(q, a.q_norm, a.q_eps, n, a.dtype, out);
-    round_numbers(q, n, a.dtype);
-  }
-  if (a.k_norm) {
-    normalise(k, a.k_norm, a.k_eps, n, a.dtype, out);
-    round_numbers(k, n, a.dtype);
-  }
-  if (a.cos) {
-    load_numbers(a.cos, cos, n, a.dtype);
-    load_numbers(a.sin, sin, n, a.dtype);
-    rotate(q, cos, sin, n, a.dtype);
-    rotate(k, cos, sin, n, a.dtype);
-  }
-  Number* keys = static_cast<Number*>(a.keys);
-  Number* values = static_cast<Number*>(a.values);
-  if (a.append) {
-    store_numbers(k, keys + a.past * a.token_stride, n, a.dtype);
-    store_numbers(v, values + a.past * a.token_stride, n, a.dtype);
-  }
-  // the new token is taken from here: another thread may be the one that appends it
-  const int64_t before = a.past - a.first, count = before + 1;
-  score<T>(a, q, keys + a.first * a.token_stride, before);
-  a.scores[before] = sum(dot<Single>(q, k, n));
-  if (a.keep) {
-    for (int64_t t = 0; t < count; ++t) a.scores[t] = a.keep[a.first + t] ? a.scores[t] : -INFINITY;
-  }
-  const float total = soften(a.scores, count, a.scaling), newest = a.scores[before];
-  for (int64_t i = 0; i < n; ++i) out[i] = v[i] * newest;
-  mix<T>(a, values + a.first * a.token_stride, before, out);
-  const float share = 1.0f / total;
-  for (int64_t i = 0; i < n; ++i) out[i] *= share;
-  store_numbers(out, a.out, n, a.dtype);
-}
-
-void attend(const Attend& a) {
-  if (a.dtype == HFQ_F32) {
-    attend_as<Single>(a);
-  } else if (a.dtype == HFQ_BF16) {
-    attend_as<Brain>(a);
-  } else {
-    attend_as<Half>(a);
-  }
-}
+namespace hfq {
+namespace {
 
 // Lane sums of w . x; four accumulators hide the latency of the additions. Weights follow each other in memory, so what
 // lies some kilobytes ahead is fetched.
@@ -353,7 +243,11 @@ void float_product(const FloatProduct& p, int64_t first, int64_t last) {
   }
 }
 
-constexpr Glue kGlue = {norm, attend, gate, add, float_product};
+#if defined(__AVX512F__)
+constexpr auto block_scratch = avx512_block_scratch;
+constexpr auto attend_block = avx512_attend_block;
+#endif
+constexpr Glue kGlue = {norm, attend, turn, block_scratch, attend_block, gate, add, float_product};
 
 }  // namespace
 }  // namespace hfq
