@@ -1,4 +1,4 @@
-"""The fused decoder of the native library: its structures, and the call that runs all layers for new tokens of each row."""
+"""The fused decoder of the native library: its structures, and the call that runs all layers for new tokens."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hf_quant.kernels import native_decoder, native_library
 from hf_quant.nn.decoder import ATTENTIONS, Parts, Refusal, decoders, take_apart
 from hf_quant.nn.forwards import StandIn
-from hf_quant.nn.head import HeadForward, head_of
 from hf_quant.nn.fused_inputs import mask_of, positions_of
+from hf_quant.nn.head import HeadForward, head_of
 from hf_quant.nn.prepared_decoder import PreparedDecoder, Watch, noted
 from hf_quant.nn.slots import Slots, slots_of
 from hf_quant.nn.switching import enabled, switch
@@ -114,7 +114,7 @@ class FusedForward(StandIn):
         if type(tokens) is not torch.Tensor or tokens.dim() < 2 or (input_ids is None) == (inputs_embeds is None):
             return None
         rows, news = tokens.shape[:2]
-        if not 0 < rows <= MAX_ROWS or not 0 < news or (news > 1 and rows * news > native_decoder.most_tokens()):
+        if not 0 < rows <= MAX_ROWS or news < 1 or (news > 1 and rows * news > native_decoder.most_tokens()):
             return None
         decoder = self.module()
         if decoder is None or not _calm(decoder, others) or self.before is not None:
