@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_quant.cli import chatting, converting, demonstrating, inspecting, measuring, publishing, quantizing
+from hf_quant.cli import chatting, converting, demonstrating, inspecting, measuring, publishing, quantizing, serving
 from hf_quant.cli.output import ARGUMENTS, err, print_error
 from hf_quant.errors import HfQuantError
 from hf_quant.version import __version__
@@ -101,6 +101,7 @@ app.command("push")(publishing.push)
 app.command("inspect")(inspecting.inspect)
 app.command("convert")(converting.convert)
 app.command("chat")(chatting.chat)
+app.command("serve", context_settings=serving.CONTEXT)(serving.serve)
 app.command("demo")(demonstrating.demo)
 
 

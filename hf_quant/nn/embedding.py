@@ -11,7 +11,7 @@ from torch import nn
 from hf_quant.errors import KernelError
 from hf_quant.grids import Scheme
 from hf_quant.kernels import registry
-from hf_quant.nn.packed import PackedWeight
+from hf_quant.nn.packed import PackedWeight, Ready
 from hf_quant.tensor import QuantizedTensor
 
 _SCALED = "ScaledWordEmbedding"  # transformers' embeddings that multiply what they look up by a constant
@@ -76,8 +76,8 @@ class QuantEmbedding(PackedWeight):
             kernel=kernel,
             activations=activations,
         )
-        # it has no data, so it needs no loader to fill it: never on the meta device
-        self.compute = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        # it has no data, so it needs no loader to fill it: never on the meta device, even while a skeleton is made
+        self.compute = nn.Parameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False)
         self._parameters = {"compute": self._parameters.pop("compute"), **self._parameters}
         self.constant: tuple[float, bool] | None = None  # see _constant
         self.padding_idx: int | None = None
@@ -121,6 +121,12 @@ class QuantEmbedding(PackedWeight):
     def prepare(self, dtype: torch.dtype | None = None) -> registry.Selection:
         """As :meth:`PackedWeight.prepare`, by default for the dtype that it gives."""
         return super().prepare(dtype or self.compute.dtype)
+
+    def _prepare(self, dtype: torch.dtype) -> Ready:
+        # a loader puts the table on its device tensor by tensor; the device of a model is that of its first parameter
+        if self.compute.device != self.weight.device and self.weight.device.type != "meta":
+            self.compute.data = self.compute.data.to(self.weight.device)
+        return super()._prepare(dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """``ids [...]`` (int32 or int64) -> ``[..., embedding_dim]``; raises IndexError for an id outside."""

@@ -110,7 +110,8 @@ def test_loaded_in_memory_and_reloaded_alike(tmp_path, tied, bits) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "float", tied), quantization_config=config)
     assert isinstance(loaded.model.embed_tokens, QuantEmbedding)
     assert isinstance(loaded.lm_head, SharedHead if tied else nn.Linear)
-    assert loaded.dtype == torch.float32 and loaded.config.tie_word_embeddings == tied
+    assert loaded.dtype == torch.float32 and loaded.device == torch.device("cpu")
+    assert loaded.config.tie_word_embeddings == tied
     expected = logits(loaded)
     assert torch.equal(logits(hf_quant.quantize(model(tied), config)), expected)
     hf_quant.save(loaded, tmp_path / "out")
