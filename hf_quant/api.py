@@ -31,7 +31,7 @@ from hf_quant.formats import FORMATS
 from hf_quant.integrations.calibrated import Session, loading, run_on_files, run_on_model
 from hf_quant.integrations.calibrated import session as session_of
 from hf_quant.integrations.transformers import HfQuantQuantizer, prepare, publish, requested_kernel
-from hf_quant.nn.splitting import experts_apart, split_modules
+from hf_quant.nn.splitting import experts_apart
 from hf_quant.nn.swap import put_quantized, quantized_modules, share_tables, shared_heads, untie
 from hf_quant.plan import make_plan
 from hf_quant.provenance import KEY, plan_rows
@@ -269,9 +269,9 @@ def _quantize_in_memory(
             quantizer.calibrated = run_on_model(model, plan, config, tokenizer)
         tensors = {q.name: quantizer.quantize(q.name, _float_weight(model, q.name, device)) for q in plan.quantized}
         quantizer.take_calibrated(model)
-    quantizer.has_split_experts = bool(split_modules(model))
     for name in list(tensors):
         put_quantized(model, name, tensors.pop(name), config.kernel, config.activations)
+    quantizer.settle(model)
     share_tables(model, plan.shares)
     for layer in plan.quantized:
         if layer.untied_from:

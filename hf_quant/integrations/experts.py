@@ -21,6 +21,7 @@ class ExpertsLoader(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.merges: list[WeightTransform] = []  # of transformers, not used while the experts are apart
         self._awaited: dict[str, SplitExperts] = {}
+        self.has_split_experts = False
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
         """Without those that merge the experts of a checkpoint into one tensor, where experts were taken apart."""
@@ -72,6 +73,13 @@ class ExpertsLoader(HfQuantizer):
                 if missing is not None:
                     missing.discard(f"{name}.{leaf}")
         self._awaited = {}
+
+    def settle(self, model: nn.Module) -> None:
+        """All layers are quantized that will be: what is left of the fused experts goes."""
+        found = split_modules(model)
+        self.has_split_experts = bool(found)
+        for module in found.values():
+            module.own()
 
     def put_together(self, model: Any) -> None:
         """Fuse the experts of a float model again, and save them as transformers does."""

@@ -28,7 +28,7 @@ from hf_quant.kernels import registry
 from hf_quant.nn.embedding import SharedHead
 from hf_quant.nn.experts import SplitExperts
 from hf_quant.nn.packed import PackedWeight
-from hf_quant.nn.splitting import split_experts, split_modules
+from hf_quant.nn.splitting import split_experts
 from hf_quant.nn.swap import (
     put_empty,
     put_float,
@@ -81,7 +81,6 @@ class Runtime(ExpertsLoader):
         self.plan: Plan | None = None
         self.failure: HfQuantError | None = None
         self.format_name = ""
-        self.has_split_experts = False
 
     @property
     def format(self) -> Format:
@@ -125,7 +124,7 @@ class Runtime(ExpertsLoader):
             self.put_together(model)
             self.remove_quantization_config(model)
             return model
-        self.has_split_experts = bool(split_modules(model))
+        self.settle(model)
         publish(model, self)
         prepare(model)
         return model

@@ -120,6 +120,13 @@ class SplitExperts(nn.Module):
                 if layer is not None:
                     yield index, place, layer
 
+    @torch.no_grad()
+    def own(self) -> None:
+        """Give what is still float memory of its own: views would keep all experts alive, and could not be saved."""
+        for _, _, layer in self.linears():
+            if type(layer) is nn.Linear and layer.weight.untyped_storage().nbytes() > layer.weight.nbytes:
+                layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=layer.weight.requires_grad)
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the module that it replaces: ``hidden_states [tokens, hidden]``, experts and weights ``[tokens, k]``."""
         if self.layout.batched:
@@ -202,7 +209,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None, grad: bool) -> nn.L
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
     layer.weight = nn.Parameter(weight, requires_grad=grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=grad)
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=grad)
     return layer
 
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_quant.calibration.data import CalibrationData
+from hf_quant.nn.splitting import split_experts
 from hf_quant.tensor import QuantizedTensor
 
 VOCABULARY = 128
@@ -89,6 +90,7 @@ def _model(name: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedMode
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.data.mul_(3)
+    split_experts(model)
     return model.eval()
 
 

@@ -40,8 +40,10 @@ SITES: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "gemma2": {"model.layers.": GEMMA},
     "gemma3_text": {"model.layers.": GEMMA},
     # a router that stays in float reads the other norm
-    "mixtral": {"model.layers.": ATTENTION},
-    "qwen3_moe": {"model.layers.": ATTENTION},
+    "mixtral": {"model.layers.": ATTENTION | {f"mlp.experts.{i}.w3": (f"mlp.experts.{i}.w2",) for i in range(4)}},
+    "qwen3_moe": {
+        "model.layers.": ATTENTION | {f"mlp.experts.{i}.up_proj": (f"mlp.experts.{i}.down_proj",) for i in range(4)},
+    },
     "gpt2": {"transformer.h.": {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)}},
     "opt": {
         "model.decoder.layers.": {

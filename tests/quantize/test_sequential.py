@@ -14,9 +14,12 @@ from transformers import (
 )
 
 from hf_quant.calibration.data import CalibrationData
+from hf_quant.calibration.statistics import rows_of_same_tokens
 from hf_quant.config import HfQuantConfig
 from hf_quant.errors import CalibrationError
 from hf_quant.integrations.shell import ModelWeights
+from hf_quant.nn.experts import Routed
+from hf_quant.nn.splitting import split_modules
 from hf_quant.plan import make_plan
 from hf_quant.quantize import sequential
 from hf_quant.quantize.contracts import LayerResult, Progress
@@ -109,12 +112,43 @@ def test_every_layer_comes_out_and_better_than_without_data(name: str, model_of,
     assert getattr(model.config, "use_cache", True) is True
 
 
-def test_fused_experts_stay_in_float(model_of) -> None:
-    for name in ("qwen3_moe", "mixtral"):
-        model = model_of(name)
-        plan = make_plan(model, HfQuantConfig(method="gptq"))
-        assert not any(".experts" in layer.name for layer in plan.quantized)
-        assert any(".experts" in layer.name for layer in plan.kept)
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_an_expert_is_calibrated_on_the_tokens_routed_to_it(name: str, model_of, data_of) -> None:
+    model = model_of(name)
+    data = data_of(name)
+    first, experts = next(iter(split_modules(model).items()))
+    inputs: dict[int, int] = {}
+    hooks = [
+        layer.register_forward_hook(lambda m, a, o, i=i: inputs.__setitem__(i, inputs.get(i, 0) + len(a[0])))
+        for i, place, layer in experts.linears()
+        if place == 2
+    ]
+    with torch.no_grad():
+        for batch in data.batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    _, results = walk(model, data, HfQuantConfig(method="gptq", bits=8))
+    found = {result.name: result for result in results}
+    assert sum(inputs.values()) == 2 * data.tokens  # the first layer is routed by what attention gives, at 8 bits
+    for index in range(4):
+        seen = [found[f"{first}.{index}.{leaf}"].tokens for leaf in experts.leaves]
+        assert len(set(seen)) == 1 and abs(seen[0] - inputs.get(index, 0)) <= 0.05 * data.tokens
+
+
+def test_rows_of_same_tokens() -> None:
+    """Inputs of an expert are compared with those of the same tokens, whatever others came along."""
+    values = torch.randn(6, 4)
+    seen, exact = values[[0, 2, 5]].clone(), values[[5, 1, 0]] + 1
+    setattr(exact, "_hf_quant_routed", Routed(torch.tensor([5, 1, 0]), 6))  # noqa: B010
+    both, alone = rows_of_same_tokens(seen, exact, Routed(torch.tensor([0, 2, 5]), 6), None)
+    assert torch.equal(both[0], values[[0, 5]]) and torch.equal(both[1], values[[0, 5]] + 1)
+    assert torch.equal(alone[0], values[[2]]) and alone[1] is None
+    # padding and tokens that were multiplied by nothing say nothing
+    seen[2] = 0
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    (only,) = rows_of_same_tokens(seen, None, Routed(torch.tensor([0, 2, 5]), 6), mask)
+    assert torch.equal(only[0], values[[0]]) and only[1] is None
 
 
 def test_a_layer_that_is_used_again_and_again_is_quantized_once(model_of, data_of, batches_of, error_of) -> None:
