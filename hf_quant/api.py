@@ -188,7 +188,7 @@ def load(
     """Load a quantized checkpoint (a directory or a Hub id) on our runtime, still packed in memory.
 
     Args:
-        directory: of a compressed-tensors or bitsandbytes 4-bit checkpoint, ours or one that we can hold.
+        directory: of a compressed-tensors, bitsandbytes 4-bit, GPTQ or AWQ checkpoint, ours or one that we can hold.
         device: default CPU.
         dtype: of the float part and the activations.
         kernel: ``auto`` or one of ``native``, ``cpu``, ``bitsandbytes``, ``reference``.
