@@ -81,6 +81,18 @@ class Facts:
         return any(" asym " in f"{label} " for label in self.weights_by_label)
 
     @property
+    def stock_obstacle(self) -> str:
+        """Why stock transformers cannot load it, as recorded; empty when it can."""
+        found = str(self.provenance.get("stock_loading") or "")
+        return found if found.startswith("Stock transformers cannot") else ""
+
+    @property
+    def needs_dequantize(self) -> bool:
+        """Whether stock transformers loads it only expanded: zero points, or code that reads packed weights."""
+        asked = "CompressedTensorsConfig(dequantize=True)" in str(self.provenance.get("stock_loading") or "")
+        return self.is_compressed_tensors and (asked or self.is_asymmetric)
+
+    @property
     def quantized_weights(self) -> int:
         return sum(row.numel for row in self.quantized)
 

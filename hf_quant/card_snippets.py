@@ -66,8 +66,8 @@ class Snippet:
 
     @property
     def dequantize(self) -> bool:
-        """Stock transformers cannot run the layout packed: zero points."""
-        return self.facts.is_compressed_tensors and self.facts.is_asymmetric
+        """Stock transformers cannot run the layout packed."""
+        return self.facts.needs_dequantize
 
     @property
     def generates(self) -> bool:

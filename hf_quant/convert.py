@@ -20,7 +20,7 @@ from hf_quant.formats import FORMATS, awq, bitsandbytes, compressed_tensors, for
 from hf_quant.integrations.published import PublishedConfig, model_dtype
 from hf_quant.nn.swap import quantized_modules
 from hf_quant.plan_bytes import restated
-from hf_quant.provenance import KEY
+from hf_quant.provenance import KEY, STOCK
 from hf_quant.tensor import QuantizedTensor
 from hf_quant.version import __version__
 
@@ -80,7 +80,9 @@ def convert(
     model = api.load(source, kernel="reference", trust_remote_code=trust_remote_code)
     target, notes = TARGETS[to](model)
     before = getattr(model.config, KEY, None) or {"version": __version__}
-    setattr(model.config, KEY, {**before, "format": target, "converted_from": stored})
+    made = model.hf_quantizer
+    record = {"format": target, "converted_from": stored, STOCK: made.format.stock_loading(made.plan)}
+    setattr(model.config, KEY, {**before, **record})
     api.save(model, output, overwrite=overwrite, side_files=source)
     return Conversion(stored, target, sum(1 for _ in quantized_modules(model)), notes)
 

@@ -11,6 +11,7 @@ from hf_quant.config import HfQuantConfig
 from hf_quant.plan import Plan
 from hf_quant.version import __version__
 
+STOCK = "stock_loading"  # in the record: a sentence on what stock transformers needs to load the checkpoint
 KEY = "hf_quant"  # top-level key of config.json; stock loaders keep and ignore it
 
 

@@ -328,6 +328,15 @@ def test_asymmetric_needs_the_argument_and_bitsandbytes_its_package() -> None:
     assert {"nf4", "4-bit", "bitsandbytes"} <= set(ModelCard(table).data.tags)
 
 
+def test_what_stock_transformers_cannot_load_is_not_offered_to_it() -> None:
+    why = "Stock transformers cannot load the experts of gpt_oss stored one by one: `import hf_quant` first."
+    text = render(measured(), provenance(stock_loading=why), plan_rows(), facts(), APACHE)
+    assert why in text and "**Stock transformers**" not in text and "**With hf-quant**" in text
+    expanded = "Stock transformers loads it with `CompressedTensorsConfig(dequantize=True)`."
+    text = render(measured(), provenance(stock_loading=expanded), plan_rows(), facts(), APACHE)
+    assert "quantization_config=CompressedTensorsConfig(dequantize=True),  # the weights are expanded at load" in text
+
+
 def test_a_loss_inside_the_noise_is_called_that() -> None:
     nothing = text_result(kl=interval(0.0004), perplexity_increase_percent=Interval(value=0.01, low=-0.1, high=0.2))
     text = render(measured(texts=(nothing,)), provenance(), plan_rows(), facts(), APACHE)

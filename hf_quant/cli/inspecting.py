@@ -110,6 +110,8 @@ def _plain(report: LayerReport) -> dict[str, Any]:
 
 
 def _print_provenance(directory: Path, provenance: Mapping[str, Any]) -> None:
+    from hf_quant.provenance import STOCK
+
     recipe = provenance.get("recipe") or {}
     out.print(f"[bold]{directory}[/bold]")
     if "version" not in provenance:
@@ -127,6 +129,8 @@ def _print_provenance(directory: Path, provenance: Mapping[str, Any]) -> None:
     out.print(f"base model  {provenance.get('base_model')}" + (f" at {revision}" if revision else ""))
     data = provenance.get("data")
     out.print(f"data        {data['source'] if data else 'none: the method is data-free'}")
+    if provenance.get(STOCK):
+        out.print(f"elsewhere   {provenance[STOCK]}")
 
 
 def _print_layers(reports: list[LayerReport], *, one_by_one: bool) -> None:

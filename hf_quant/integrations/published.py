@@ -15,7 +15,7 @@ from hf_quant.config import QUANT_METHOD, HfQuantConfig
 from hf_quant.errors import FormatError, KernelError
 from hf_quant.nn.fused import fuse
 from hf_quant.nn.swap import quantized_modules
-from hf_quant.provenance import KEY, make_provenance
+from hf_quant.provenance import KEY, STOCK, make_provenance
 
 if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
     from transformers import PreTrainedModel
@@ -51,7 +51,8 @@ def publish(model: PreTrainedModel, quantizer: Runtime) -> None:
         revision = getattr(config, "_commit_hash", None)
         data = getattr(quantizer, "data", None)
         tuned = getattr(quantizer, "tuned", False)
-        setattr(config, KEY, make_provenance(plan, quantizer.quantization_config, source, revision, data, tuned))
+        made = make_provenance(plan, quantizer.quantization_config, source, revision, data, tuned)
+        setattr(config, KEY, {**made, STOCK: quantizer.format.stock_loading(plan)})
     try:
         # written anew for a checkpoint that was loaded, too: its config class keeps neither our marker nor, for a model
         # of another class, the right names
