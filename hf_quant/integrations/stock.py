@@ -20,7 +20,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_quant.errors import DependencyError, FormatError
+from hf_quant.errors import CheckpointError, DependencyError, FormatError
 from hf_quant.formats import Refined, awq, bitsandbytes, compressed_tensors, format_of, gptq
 from hf_quant.grids import Scheme
 from hf_quant.integrations.conversions import Decode
@@ -104,6 +104,7 @@ class StockRuntime(Runtime):
             if tied_to(model, name) in schemes:
                 untie(model, name)  # the files hold both
         put_empty(model, schemes, scales, *requested(), ordered)
+        _check_tables(kwargs.get("device_map"), self.plan.shares)
         share_tables(model, self.plan.shares)
 
     def _become_stock(self) -> None:
@@ -187,6 +188,18 @@ class StockRuntime(Runtime):
         if self.method in _ACCELERATED and self.format_name == format_of(self.loaded):
             return self.loaded  # says what its tensors do not (how it was made, which blocks)
         return super().published_config(model)
+
+
+def _check_tables(device_map: object, shares: Mapping[str, str]) -> None:
+    """Raise CheckpointError where a table that a head shares would be on disk: it is there for one of the two only."""
+    placed = device_map if isinstance(device_map, dict) else {}
+    for head, table in shares.items():
+        parts = table.split(".")
+        names = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
+        if next((placed[name] for name in names if name in placed), None) == "disk":
+            raise CheckpointError(
+                f"device_map places {table} on disk, and {head} computes with its table.", f"keep {table} in memory."
+            )
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

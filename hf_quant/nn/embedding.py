@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -121,6 +121,10 @@ class QuantEmbedding(PackedWeight):
     def prepare(self, dtype: torch.dtype | None = None) -> registry.Selection:
         """As :meth:`PackedWeight.prepare`, by default for the dtype that it gives."""
         return super().prepare(dtype or self.compute.dtype)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those with data: accelerate looks each of them up in the files when it offloads the table."""
+        return (found for found in super().named_parameters(*args, **kwargs) if found[1] is not self.compute)
 
     def _prepare(self, dtype: torch.dtype) -> Ready:
         # a loader puts the table on its device tensor by tensor; the device of a model is that of its first parameter

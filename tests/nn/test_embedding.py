@@ -204,6 +204,22 @@ def test_files_of_others_that_pack_both_of_a_tied_pair(tmp_path) -> None:
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_offloaded_to_disk_unless_a_head_shares_it(tmp_path, tied) -> None:
+    expected = logits(hf_quant.quantize(model(tied), HfQuantConfig(overrides=TABLE), tmp_path / "out"))
+    places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+
+    def load() -> Any:
+        more = {"device_map": {**places, "lm_head": "cpu"}, "offload_folder": tmp_path / "disk"}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "out", **more)
+
+    if tied:
+        with pytest.raises(CheckpointError, match=r"model.embed_tokens on disk, and lm_head"):
+            load()
+    else:
+        torch.testing.assert_close(logits(load()), expected, rtol=1e-4, atol=1e-5)  # offloaded layers: other kernels
+
+
 def test_the_plan_lists_both() -> None:
     plan = make_plan(model(), HfQuantConfig(group_size=32, overrides=TABLE, preset="balanced"))
     rows = {layer.name: layer for layer in plan.layers}
