@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from hf_quant.card_facts import LABEL, Facts
@@ -9,6 +10,7 @@ from hf_quant.card_text import amount, listing, markdown, significant, value_onl
 from hf_quant.evaluation.results import EvaluationResult, TextResult
 
 _MOST_TEXTS = 3
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _METHODS = {
     "gptq": "rounds a weight column by column under the Hessian of its inputs on the calibration data (GPTQ), aiming "
     "at the float model's outputs, with searched and refitted scales",
@@ -143,7 +145,10 @@ def text_rows(results: EvaluationResult | None) -> list[TextRow]:
 
 def vllm_reads(facts: Facts) -> bool:
     """Whether vLLM has kernels for this layout: one 4-bit integer scheme in compressed-tensors for every linear but the
-    head, rows and columns in multiples of 32. (vLLM fuses neighbouring projections, so they must all be alike.)"""
+    head, rows and columns in multiples of 32. (vLLM fuses neighbouring projections, so they must all be alike.) Experts
+    were never run there, so nothing is claimed of them."""
+    if any(_EXPERT.search(row.name) for row in facts.quantized):
+        return False
     labels = list(facts.weights_by_label)
     match = LABEL.fullmatch(labels[0]) if len(labels) == 1 else None
     if not facts.is_compressed_tensors or match is None or match["grid"] != "int4" or match["group"] == "per-channel":

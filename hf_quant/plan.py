@@ -125,6 +125,14 @@ class Plan:
         """The scheme of a module by its name; None when it stays in float or is not in the plan."""
         return self._schemes.get(name)
 
+    def layer(self, name: str) -> PlannedLayer:
+        """The row of a weight by its name; raises KeyError when there is none."""
+        return self._named[name]
+
+    @cached_property
+    def _named(self) -> dict[str, PlannedLayer]:
+        return {layer.name: layer for layer in self.layers}
+
     @cached_property
     def _schemes(self) -> dict[str, Scheme]:
         return {layer.name: layer.scheme for layer in self.quantized if layer.scheme}

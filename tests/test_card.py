@@ -318,6 +318,14 @@ def test_vllm_is_not_offered_for_widths_it_cannot_take() -> None:
     assert "vllm serve" not in render(measured(), provenance(), rows, facts(), APACHE)
 
 
+def test_vllm_is_not_offered_for_experts() -> None:
+    rows = plan_rows()
+    assert "vllm" in render(measured(), provenance(), rows, facts(), APACHE)
+    for row in rows:
+        row["name"] = row["name"].replace(".mlp.", ".mlp.experts.0.")
+    assert "vllm" not in render(measured(), provenance(), rows, facts(), APACHE)
+
+
 def test_asymmetric_needs_the_argument_and_bitsandbytes_its_package() -> None:
     asymmetric = render(measured(), provenance(), plan_rows("int4 asym g32"), facts(), APACHE)
     assert "CompressedTensorsConfig(dequantize=True)" in asymmetric

@@ -255,7 +255,7 @@ class HfQuantQuantizer(Runtime):
     def quantize(self, name: str, weight: torch.Tensor) -> QuantizedTensor:
         """A planned layer from its float weight, as its class stores it: what a calibrated run says, else data-free."""
         assert self.plan is not None
-        layer = next(layer for layer in self.plan.quantized if layer.name == name)
+        layer = self.plan.layer(name)
         self.done.add(name)
         if self.calibrated is not None and name in self.calibrated.journal:
             return self.calibrated.journal.tensor(name).to(weight.device)
@@ -271,7 +271,7 @@ class HfQuantQuantizer(Runtime):
     def quantize_head(self, name: str, weight: torch.Tensor) -> None:
         """A weight in the files for a layer that shares a table: kept to be compared with the table."""
         assert self.plan is not None
-        table = next(layer for layer in self.plan.quantized if layer.name == self.plan.shares[name])
+        table = self.plan.layer(self.plan.shares[name])
         assert table.scheme is not None
         scales = getattr(torch, self.plan.scale_dtype)
         self.heads[name] = quantize_weight(weight, table.scheme, table.method, scale_dtype=scales, name=name)
