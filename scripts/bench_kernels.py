@@ -2,6 +2,7 @@
 
 usage: python scripts/bench_kernels.py [--shapes 2048x2048,576x576] [--rows 1,8,64,512] [--schemes int4-sym-g64,nf4-g64]
                                        [--dtypes bfloat16,float32] [--seconds 0.5] [--json FILE] [--markdown]
+                                       [--fill README.md]
        python scripts/bench_kernels.py --crossover      (up to how many rows torch's ops win; sets the limits of `cpu`)
 
 Every contender of a cell is called in turn, so that a busy machine is unfair to none. Each rotates over copies of its
@@ -27,40 +28,24 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.nn import functional
 
 from hf_quant.grids import PER_CHANNEL, Scheme
-from hf_quant.kernels import cpu, int4pack, registry
-from hf_quant.kernels.registry import LayerSpec, Prepared
+from hf_quant.kernels import cpu, int4pack, memory, registry
+from hf_quant.kernels.registry import FLOAT, INT8, LayerSpec
 from hf_quant.tensor import QuantizedTensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as `python scripts/bench_kernels.py`
+
+from scripts.kernel_tables import Timing, show, summary
+from scripts.measuring import fill_between
 
 ROTATE_BYTES = 256 << 20
 BANDWIDTH_BYTES = 768 << 20
 SCHEMES = "int4-sym-g64,int4-asym-g64,int8-sym-g64,int8-sym-channel,nf4-g64"
 SHAPES = "576x576,2048x2048,8192x2048,2048x8192"
+MARKS = ("<!-- table:kernels -->", "<!-- /table:kernels -->")
 Call = Callable[[int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One contender in one cell; times in microseconds, None when it was too slow to run."""
-
-    shape: tuple[int, int]
-    rows: int
-    dtype: str
-    scheme: str
-    contender: str
-    note: str
-    read_bytes: int
-    calls: int
-    median_us: float | None
-    best_us: float | None
-    speed: float | None
-
-    @property
-    def gigabytes(self) -> float | None:
-        return None if self.median_us is None else self.read_bytes / self.median_us / 1e3
 
 
 @dataclass
@@ -124,10 +109,15 @@ def contenders(tensor: QuantizedTensor, dtype: torch.dtype) -> Iterator[Callable
         title, weights, product, nbytes = op
         yield lambda x: Contender(title, "", nbytes, lambda i: product(x, weights[i % len(weights)]), False)
 
+    if (s8 := onednn_s8(tensor, dtype)) is not None:
+        yield s8
     for name in registry.names():
         kernel = registry.get(name)
         if registry.refusal(kernel, spec) is None:
             yield kernel_contender(kernel, tensor, spec)
+        rounded = replace(spec, activations=INT8)
+        if INT8 in kernel.activation_modes and kernel.activations(rounded) == INT8:
+            yield kernel_contender(kernel, tensor, rounded)
 
 
 def kernel_contender(
@@ -136,17 +126,41 @@ def kernel_contender(
     """A kernel of the registry, marked when automatic selection takes it."""
     first = kernel.prepare(tensor, spec)
     nbytes = first.weight.nbytes + sum(extra.nbytes for key, extra in first.extras.items() if key != "pairs")
-    prepared = [
-        Prepared(first.weight.clone(), {key: extra.clone() for key, extra in first.extras.items()})
-        for _ in range(copies(first.weight.nbytes))
-    ]
-    chosen = registry.select(spec).kernel is kernel
+    prepared = [first, *(kernel.prepare(tensor, spec) for _ in range(copies(first.weight.nbytes) - 1))]
+    chosen = spec.activations == FLOAT and registry.select(spec).kernel is kernel
+    rounded = f", {spec.activations} activations" if spec.activations != FLOAT else ""
     return lambda x: Contender(
-        f"kernel {kernel.name}{' (auto)' if chosen else ''}",
+        f"kernel {kernel.name}{rounded}{' (auto)' if chosen else ''}",
         kernel.describe(spec),
         nbytes,
         lambda i: kernel.linear(x, prepared[i % len(prepared)], spec),
     )
+
+
+def onednn_s8(tensor: QuantizedTensor, dtype: torch.dtype) -> Callable[[torch.Tensor], Contender] | None:
+    """oneDNN's int8 product with a prepacked weight, one scale per channel; x is rounded beforehand."""
+    scheme, (out, columns) = tensor.scheme, tensor.shape
+    if not (scheme.grid == "int" and scheme.bits == 8 and scheme.symmetric and scheme.group(columns) == columns):
+        return None
+    assert tensor.scale is not None
+    ops, scale = torch.ops.onednn, tensor.scale.float().reshape(-1)
+    weight, zeros = (tensor.packed ^ 128).view(torch.int8), torch.zeros(out, dtype=torch.int64)
+    packed = [ops.qlinear_prepack(weight, None) for _ in range(copies(weight.nbytes))]
+
+    def make(x: torch.Tensor) -> Contender:
+        step = float(x.abs().max()) / 127
+        codes = (x.float() / step).round().add(128).to(torch.uint8)
+
+        def call(i: int) -> torch.Tensor:
+            w = packed[i % len(packed)]
+            y: torch.Tensor = ops.qlinear_pointwise(
+                codes, step, 128, w, scale, zeros, None, 1.0, 0, dtype, "none", [], ""
+            )
+            return y
+
+        return Contender("torch oneDNN s8", "x quantized beforehand", weight.nbytes + scale.nbytes, call)
+
+    return make
 
 
 def torch_op(
@@ -234,8 +248,8 @@ def cell(
 
 
 def bandwidth() -> float:
-    """GB/s of reading memory once (a sum over 768 MB), best of five."""
-    block = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64)
+    """GB/s of reading memory once (a sum over 768 MB, in huge pages where there are any), best of five."""
+    block = memory.empty(BANDWIDTH_BYTES // 8, torch.int64).fill_(1)
     times = []
     for _ in range(5):
         before = time.perf_counter()
@@ -306,37 +320,6 @@ def machine() -> dict[str, object]:
     }
 
 
-def show(timings: list[Timing], read: float, markdown: bool, console: Console) -> None:
-    """Print one table."""
-    head = ["shape", "rows", "dtype", "scheme", "contender", "median us", "best us", "x dense", "GB/s", "of bandwidth"]
-    body = []
-    for t in timings:
-        rate = t.gigabytes
-        body.append(
-            [
-                f"{t.shape[0]}x{t.shape[1]}",
-                str(t.rows),
-                t.dtype,
-                t.scheme,
-                t.contender,
-                "too slow" if t.median_us is None else f"{t.median_us:.0f}",
-                "" if t.best_us is None else f"{t.best_us:.0f}",
-                "" if t.speed is None else f"{t.speed:.2f}",
-                "" if rate is None else f"{rate:.1f}",
-                "" if rate is None else f"{rate / read:.0%}",
-            ]
-        )
-    if markdown:
-        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-        lines += ["| " + " | ".join(row) + " |" for row in body]
-        print("\n".join(lines), flush=True)
-        return
-    table = Table(*head)
-    for row in body:
-        table.add_row(*row, end_section=row[4] == body[-1][4])
-    console.print(table)
-
-
 def main() -> int:
     """Parse, measure, print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -349,6 +332,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--json", type=Path, default=None, help="also write every figure here")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--fill", type=Path, help=f"write a summary between the {MARKS[0]} marks of this Markdown file")
     parser.add_argument("--crossover", action="store_true", help="find the row limits of the cpu kernel instead")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -379,6 +363,14 @@ def main() -> int:
     if arguments.json:
         document = {"machine": about, "read_gb_per_s": read, "results": [asdict(t) for t in results]}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    if arguments.fill:
+        where = ", ".join(f"{out} x {columns}" for out, columns in shapes)
+        caption = (
+            f"Weights {where}, {arguments.dtypes}, {about['cpu']}, {about['threads']} threads: medians; one row in "
+            f"GB/s of weights, scales and zeros (share of the {read:.1f} GB/s at which memory was read before), more "
+            "rows against dense F.linear of the same dtype in the same run."
+        )
+        fill_between(arguments.fill, [*summary(results, read), "", caption], MARKS)
     return 0
 
 

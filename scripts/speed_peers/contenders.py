@@ -15,6 +15,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "torchao": ("torchao==0.18.0", "transformers==5.23.0"),
 }
 _HEAD = {"lm_head": {"bits": 4}}
+_HEAD8 = {"lm_head": {"bits": 8}}  # llama.cpp's Q4_0 files hold the head in 6 or 8 bits
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def contenders(group: int) -> list[Contender]:
     found = [
         ours(int4),
         ours(f"{int4}, int8 activations", activations="int8"),
+        ours(f"{int4}, int8 head", overrides=_HEAD8),
+        ours(f"{int4}, int8 head, int8 activations", overrides=_HEAD8, activations="int8"),
         ours(f"{int4}, int4 head", overrides=_HEAD),
         ours(f"{int4}, int4 head, int8 activations", overrides=_HEAD, activations="int8"),
         ours(f"{int4}, compiled", compiled=True, extra=True),
