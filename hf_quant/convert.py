@@ -1,5 +1,5 @@
 """A quantized checkpoint in another format, without quantizing it again: every weight stays what it is, or nothing is
-written.
+written. (GGUF has float16 scales only: rounding others is possible, where it is asked for, and is measured.)
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_quant import api
-from hf_quant.checkpoint import check_directory, check_output, read_json
-from hf_quant.errors import CheckpointError, ConfigError, FormatError
-from hf_quant.formats import FORMATS, awq, bitsandbytes, compressed_tensors, format_of, gptq
+from hf_quant.checkpoint import (
+    atomic_directory,
+    check_directory,
+    check_output,
+    copy_side_files,
+    read_json,
+    write_manifest,
+)
+from hf_quant.errors import CheckpointError, ConfigError, DependencyError, FormatError
+from hf_quant.formats import FORMATS, awq, bitsandbytes, compressed_tensors, format_of, gguf, gptq
 from hf_quant.integrations.published import PublishedConfig, model_dtype
 from hf_quant.nn.swap import quantized_modules
 from hf_quant.plan_bytes import restated
-from hf_quant.provenance import KEY, STOCK
+from hf_quant.provenance import KEY, STOCK, plan_rows
 from hf_quant.tensor import QuantizedTensor
 from hf_quant.version import __version__
 
@@ -36,12 +43,14 @@ class Conversion:
         target: the format that was written (``gptq_v2`` where ``gptq`` cannot hold a zero point of 0).
         layers: how many layers it holds.
         notes: what a user of the result should know.
+        exact: whether every weight has the value that it had (false only where rounding was asked for).
     """
 
     source: str
     target: str
     layers: int
     notes: tuple[str, ...]
+    exact: bool = True
 
 
 def convert(
@@ -51,24 +60,29 @@ def convert(
     *,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    round_scales: bool = False,
 ) -> Conversion:
     """Re-pack a checkpoint; codes, scales and zero points keep their values.
 
     Args:
         directory: a quantized checkpoint that hf-quant reads.
         output_dir: a new directory, or one of ours with ``overwrite``; written whole or not at all.
-        to: one of :data:`TARGETS`.
+        to: one of :data:`NAMES`.
         overwrite: replace an existing checkpoint.
         trust_remote_code: run model code that comes with the checkpoint.
+        round_scales: for GGUF, allow scales and offsets to be rounded to float16; the notes say what it changed.
 
     Raises:
-        ConfigError: an unknown target.
+        ConfigError: an unknown target, or ``round_scales`` for one that does not round.
+        DependencyError: GGUF needs the package ``gguf``.
         CheckpointError: not a quantized checkpoint, damaged, or one that our runtime does not hold.
         FormatError: the target cannot hold a layer exactly; the layer and the reason are named.
         OutputExistsError, OutputError: the output cannot be written.
     """
-    if to not in TARGETS:
-        raise ConfigError(f"{to!r} is not a format to convert to.", f"use one of {', '.join(TARGETS)}.")
+    if to not in NAMES:
+        raise ConfigError(f"{to!r} is not a format to convert to.", f"use one of {', '.join(NAMES)}.")
+    if round_scales and to != gguf.NAME:
+        raise ConfigError(f"{to} rounds no scales.", f"drop round_scales, or convert to {gguf.NAME}.")
     source, output = Path(directory), Path(output_dir)
     check_directory(source)
     check_output(output, overwrite)
@@ -78,6 +92,8 @@ def convert(
     stored = format_of(config)
     # the layout in which tensors are stored: another one would only be undone
     model = api.load(source, kernel="reference", trust_remote_code=trust_remote_code)
+    if to == gguf.NAME:
+        return _write_gguf(model, source, output, stored, overwrite, round_scales, trust_remote_code)
     target, notes = TARGETS[to](model)
     before = getattr(model.config, KEY, None) or {"version": __version__}
     made = model.hf_quantizer
@@ -85,6 +101,33 @@ def convert(
     setattr(model.config, KEY, {**before, **record})
     api.save(model, output, overwrite=overwrite, side_files=source)
     return Conversion(stored, target, sum(1 for _ in quantized_modules(model)), notes)
+
+
+def _write_gguf(
+    model: PreTrainedModel,
+    source: Path,
+    output: Path,
+    stored: str,
+    overwrite: bool,
+    round_scales: bool,
+    trust_remote_code: bool,
+) -> Conversion:
+    """One GGUF file in a directory with the tokenizer's and the licence's files and a manifest."""
+    try:
+        from hf_quant.export import gguf_file
+    except ImportError as error:
+        raise DependencyError(
+            f"GGUF needs a package that is missing: {error}.", "pip install hf-quant[gguf]."
+        ) from error
+    before = getattr(model.config, KEY, None) or {"version": __version__}
+    with atomic_directory(output, overwrite=overwrite) as directory:
+        options = {"round_scales": round_scales, "trust_remote_code": trust_remote_code}
+        written = gguf_file.write(model, source, directory, output.absolute().name, **options)
+        copy_side_files(source, directory)
+        record = {**before, "format": gguf.NAME, "converted_from": stored}
+        write_manifest(directory, record, plan_rows(model.hf_quantizer.plan))
+    notes = (f"llama.cpp's file is {written.file.name}", *written.notes)
+    return Conversion(stored, gguf.NAME, sum(1 for _ in quantized_modules(model)), notes, written.exact)
 
 
 def _to_stock(name: str) -> Callable[[PreTrainedModel], tuple[str, tuple[str, ...]]]:
@@ -153,7 +196,8 @@ def _notes(name: str, scales: str, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(notes)
 
 
-# what --to offers -> the step after which save_pretrained writes it
+# stock formats of transformers -> the step after which save_pretrained writes it
 TARGETS: dict[str, Callable[[PreTrainedModel], tuple[str, tuple[str, ...]]]] = {
     name: _to_stock(name) for name in (compressed_tensors.NAME, gptq.V1.NAME, awq.NAME, bitsandbytes.NAME)
 }
+NAMES = (*TARGETS, gguf.NAME)

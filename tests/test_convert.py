@@ -14,7 +14,7 @@ import hf_quant
 from hf_quant import HfQuantConfig
 from hf_quant.checkpoint import verify_manifest
 from hf_quant.cli import app
-from hf_quant.convert import TARGETS, convert
+from hf_quant.convert import NAMES, TARGETS, convert
 from hf_quant.errors import CheckpointError, ConfigError, FormatError, OutputExistsError
 from hf_quant.nn.swap import quantized_modules
 
@@ -123,15 +123,15 @@ def test_scales_that_float16_does_not_have_are_refused(quantized, tmp_path) -> N
 
 
 def test_bad_requests(quantized, tiny_llama, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="'gguf' is not a format to convert to"):
-        convert(quantized("int4"), tmp_path / "out", "gguf")
+    with pytest.raises(ConfigError, match="'exl2' is not a format to convert to"):
+        convert(quantized("int4"), tmp_path / "out", "exl2")
     with pytest.raises(CheckpointError, match="is not quantized"):
         convert(tiny_llama, tmp_path / "out", "gptq")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     with pytest.raises(OutputExistsError):
         convert(quantized("int4"), tmp_path / "taken", "gptq")
-    assert set(TARGETS) == {"compressed-tensors", "gptq", "awq", "bitsandbytes"}
+    assert set(NAMES) == {*TARGETS, "gguf"} == {"compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf"}
 
 
 def test_the_command(quantized, tmp_path) -> None:

@@ -90,14 +90,14 @@ def list_files(directory: Path | str) -> Iterator[str]:
 
 
 def foreign_files(directory: Path | str) -> list[str]:
-    """Files that keep a directory from being a checkpoint of ours; ``*.py`` is accepted with a manifest beside it."""
+    """Files that keep a directory from being a checkpoint of ours; ``*.py`` and ``*.gguf`` need a manifest beside."""
     names = list(list_files(directory))
     return [
         name
         for name in names
         if not belongs(name)
         and not matches(name, HUB_LEFTOVERS)
-        and not (name.endswith(".py") and "/" not in name and MANIFEST_FILE in names)
+        and not (name.endswith((".py", ".gguf")) and "/" not in name and MANIFEST_FILE in names)
     ]
 
 

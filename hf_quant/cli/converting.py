@@ -15,30 +15,41 @@ from hf_quant.cli.output import out, print_json, quiet_libraries
 def convert(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the other one goes.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq or bitsandbytes.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="compressed-tensors, gptq, awq, bitsandbytes, gguf.", show_default=False)
+    ],
     overwrite: o.Overwrite = False,
     trust_remote_code: o.TrustRemoteCode = False,
+    round_scales: Annotated[
+        bool, typer.Option("--round-scales", help="GGUF: scales may be rounded to float16; says what it changed.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Put a quantized checkpoint into another format: the same weights, packed differently, never quantized again.
 
     Refused, naming the layer and the reason, where the other format cannot hold a weight exactly: NF4 has no place on
     an integer grid, AWQ holds 4 bits only and no reordered columns, GPTQ and AWQ have one scheme for all layers and
-    store float16 scales.
+    store float16 scales. GGUF (Q4_0, Q4_1, Q8_0; for llama.cpp, Ollama, LM Studio) holds int4, and symmetric int8, in
+    groups of whole blocks of 32; its scales are float16, and so are the products of scales and zero points, which
+    --round-scales allows to be rounded.
 
     [bold]Examples[/bold]
 
     hf-quant convert ./Llama-3.2-1B-GPTQ ./Llama-3.2-1B-ct --to compressed-tensors
 
     hf-quant convert ./out ./out-awq --to awq
+
+    hf-quant convert ./out ./out-gguf --to gguf
     """
     quiet_libraries()
     from hf_quant.convert import convert as run
 
-    done = run(directory, output, to, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    options = {"overwrite": overwrite, "trust_remote_code": trust_remote_code, "round_scales": round_scales}
+    done = run(directory, output, to, **options)
     if json:
         print_json(asdict(done))
         return
-    out.print(f"{done.layers} layers from {done.source} to {done.target}, exactly: {output}", soft_wrap=True)
+    how = "exactly" if done.exact else "with rounded scales"
+    out.print(f"{done.layers} layers from {done.source} to {done.target}, {how}: {output}", soft_wrap=True)
     for note in done.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
