@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hf_quant.card_facts import LABEL, Facts
 from hf_quant.card_text import amount, listing, markdown, significant, value_only, with_interval
-from hf_quant.evaluation.results import EvaluationResult, TextResult
+from hf_quant.evaluation.results import EvaluationResult, NoiseFloor, RoundedActivations, TextResult
 
 _MOST_TEXTS = 3
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -127,19 +127,15 @@ def text_rows(results: EvaluationResult | None) -> list[TextRow]:
                 with_interval(text.top1_agreement, " %", factor=100),
             )
         )
-        if text.noise_floor is not None:
-            floor = text.noise_floor
-            rows.append(
-                TextRow(
-                    "",
-                    f"noise floor: float in {floor.dtype}",
-                    with_interval(floor.perplexity),
-                    "",
-                    with_interval(floor.kl),
-                    "",
-                    with_interval(floor.top1_agreement, " %", factor=100),
-                )
-            )
+        others: tuple[tuple[str, NoiseFloor | RoundedActivations | None], ...] = (
+            ('quantized, with `activations="int8"`', text.int8_activations),
+            (f"noise floor: float in {text.noise_floor.dtype}" if text.noise_floor else "", text.noise_floor),
+        )
+        for label, found in others:
+            if found is not None:
+                perplexity, kl = with_interval(found.perplexity), with_interval(found.kl)
+                agreement = with_interval(found.top1_agreement, " %", factor=100)
+                rows.append(TextRow("", label, perplexity, "", kl, "", agreement))
     return rows
 
 

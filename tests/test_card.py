@@ -26,6 +26,7 @@ from hf_quant.evaluation.results import (
     Interval,
     NoiseFloor,
     Protocol,
+    RoundedActivations,
     SizeResult,
     SpeedResult,
     TextResult,
@@ -217,6 +218,11 @@ def test_every_figure_of_the_accuracy_table_is_the_measured_one() -> None:
     assert cells[6] == "78.1 % [76.6, 79.7]"
     assert "| noise floor: float in bfloat16 | 13.41 [13.14, 13.68] |" in text
     assert "0.000420 [0.000412, 0.000428]" in text
+    assert 'activations="int8"' not in text
+    rounded = RoundedActivations(kl=interval(0.2187), top1_agreement=interval(0.7765), perplexity=interval(14.4))
+    results = measured(texts=(text_result(int8_activations=rounded),))
+    text = render(results, provenance(), plan_rows(), facts(), APACHE)
+    assert '| quantized, with `activations="int8"` | 14.40 [14.11, 14.69] | – | 0.219 [0.214, 0.223] |' in text
 
 
 def test_claim_is_measured_and_follows_the_direction_of_the_figures() -> None:

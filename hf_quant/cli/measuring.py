@@ -45,6 +45,13 @@ def evaluate(
             help="Measure the float model in bfloat16 against itself too: differences below it mean nothing.",
         ),
     ] = True,
+    int8_activations: Annotated[
+        bool,
+        typer.Option(
+            "--int8-activations/--no-int8-activations",
+            help="Measure what --activations int8 would add too, where the kernels can do it.",
+        ),
+    ] = True,
     device: o.Device = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -82,6 +89,7 @@ def evaluate(
         length=length,
         speed=speed,
         noise_floor=noise_floor,
+        int8_activations=int8_activations,
         device=device,
         kernel=kernel or "auto",
         activations=activations,

@@ -43,6 +43,14 @@ class NoiseFloor(_Strict):
     perplexity: Interval
 
 
+class RoundedActivations(_Strict):
+    """The quantized model once more, with its activations rounded to int8 on the fly where its kernels can do that."""
+
+    kl: Interval
+    top1_agreement: Interval
+    perplexity: Interval
+
+
 class TextResult(_Strict):
     """Float against quantized on one text.
 
@@ -54,6 +62,7 @@ class TextResult(_Strict):
         bos: every window starts with the tokenizer's beginning-of-sequence token.
         kl: mean of KL(float || quantized) per token, in nats; ``kl_p99`` is the 99th percentile over tokens.
         top1_agreement: share (0 to 1) of positions where both models' most likely token is the same.
+        int8_activations: what ``activations="int8"`` makes of it; None where it was not measured or changes nothing.
         perplexity_increase_percent: paired: both models saw the same windows in every resample.
     """
 
@@ -69,6 +78,7 @@ class TextResult(_Strict):
     kl_p99: float
     top1_agreement: Interval
     noise_floor: NoiseFloor | None
+    int8_activations: RoundedActivations | None = None
 
 
 class SizeResult(_Strict):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,54 +15,27 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_quant.checkpoint import MANIFEST_FILE, atomic_write, checkpoint_digest, require_verified
 from hf_quant.errors import EvaluationError
 from hf_quant.evaluation import environment
+from hf_quant.evaluation.accuracy import AUTO_KERNEL, Job, accuracy, environment_of, forces, name_of
 from hf_quant.evaluation.bootstrap import Bootstrap
-from hf_quant.evaluation.divergence import Divergence, Reference, compare, run_reference
+from hf_quant.evaluation.divergence import Divergence
 from hf_quant.evaluation.progress import Stages
 from hf_quant.evaluation.results import (
     RESULTS_FILE,
     EvaluationResult,
     NoiseFloor,
     Protocol,
+    RoundedActivations,
     SizeResult,
     SpeedResult,
     TextResult,
 )
 from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes
 from hf_quant.evaluation.sources import Origin, Source, load_tokenizer, opened, quiet_loading, timed_load
-from hf_quant.evaluation.speed import Subject, kernels, measure
-from hf_quant.evaluation.stream import LogitStream
+from hf_quant.evaluation.speed import Subject, measure
 from hf_quant.evaluation.text import BUILT_IN, Text, Windows, cut_windows, load_text
+from hf_quant.kernels import registry
 
 BOOTSTRAP_SAMPLES = 10_000
-KERNEL_VARIABLE = "HF_QUANT_KERNEL"
-ACTIVATIONS_VARIABLE = "HF_QUANT_ACTIVATIONS"
-AUTO_KERNEL = "auto"
-FLOAT_ACTIVATIONS = "float"
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the stages share."""
-
-    stages: Stages
-    candidate: Origin
-    reference: Origin
-    cuts: tuple[Windows, ...]
-    dtype: torch.dtype
-    narrow: torch.dtype
-    device: str
-    kernel: str
-    activations: str
-
-    @property
-    def forces(self) -> str | None:
-        """What was asked of our kernels, as it was written; None for the defaults."""
-        return _forces(self.kernel, self.activations)
-
-    @property
-    def floor_dtype(self) -> torch.dtype:
-        """The other dtype of the noise floor: 16 bits against float32, whichever of them the protocol uses."""
-        return self.narrow if self.dtype == torch.float32 else torch.float32
 
 
 def evaluate(
@@ -80,8 +51,9 @@ def evaluate(
     seed: int = 0,
     speed: bool = True,
     noise_floor: bool = True,
+    int8_activations: bool = True,
     kernel: str = AUTO_KERNEL,
-    activations: str = FLOAT_ACTIVATIONS,
+    activations: str = registry.FLOAT,
     repeats: int = 3,
     bootstrap_samples: int = BOOTSTRAP_SAMPLES,
     trust_remote_code: bool = False,
@@ -108,6 +80,7 @@ def evaluate(
         seed: of the choice of windows and of the bootstrap.
         speed: measure load seconds, prefill and decode tokens per second too.
         noise_floor: compare the reference in 16 bits with itself too.
+        int8_activations: measure what ``activations="int8"`` adds too, where the candidate's kernels can do it.
         kernel: force one of our kernels for the candidate (``auto``: the best for each layer).
         activations: ``int8`` allows our kernels to round the candidate's activations to 8 bits.
         repeats: timed runs for the speed.
@@ -125,9 +98,9 @@ def evaluate(
         DependencyError: a package that a format or a Hub dataset needs is not installed.
         OutputError: no space for the temporary copy of a model in memory.
     """
-    forces = _forces(kernel, activations)
-    if forces is not None and isinstance(candidate, PreTrainedModel):
-        raise EvaluationError(f"{forces} for a model in memory.", "load it with that, or pass a directory.")
+    asked = forces(kernel, activations)
+    if asked is not None and isinstance(candidate, PreTrainedModel):
+        raise EvaluationError(f"{asked} for a model in memory.", "load it with that, or pass a directory.")
     loaded = [text if isinstance(text, Text) else load_text(text) for text in texts]
     _check_names(loaded)
     bootstrap = Bootstrap(windows, bootstrap_samples, seed)
@@ -135,9 +108,9 @@ def evaluate(
         stages = stack.enter_context(Stages(progress))
         stack.enter_context(quiet_loading())
         if kernel != AUTO_KERNEL:
-            stack.enter_context(_environment(KERNEL_VARIABLE, kernel))
-        if activations != FLOAT_ACTIVATIONS:
-            stack.enter_context(_environment(ACTIVATIONS_VARIABLE, activations))
+            stack.enter_context(environment_of(registry.ENVIRONMENT_VARIABLE, kernel))
+        if activations != registry.FLOAT:
+            stack.enter_context(environment_of(registry.ACTIVATIONS_VARIABLE, activations))
         float_origin = stack.enter_context(
             opened(reference, "reference", trust_remote_code=trust_remote_code, revision=reference_revision)
         )
@@ -149,7 +122,7 @@ def evaluate(
             cuts = tuple(cut_windows(text, tokenizer, windows, length, seed) for text in loaded)
         stored = _stored_dtype(float_origin)
         narrow = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
-        job = _Job(
+        job = Job(
             stages,
             origin,
             float_origin,
@@ -160,7 +133,7 @@ def evaluate(
             kernel,
             activations,
         )
-        accuracy, floors, ran = _accuracy(job, noise_floor)
+        measured, rounded, floors, ran = accuracy(job, noise_floor, int8_activations)
         sizes, speeds = _footprint(job, bits, repeats if speed else 0)
     return EvaluationResult(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -168,19 +141,19 @@ def evaluate(
         candidate_digest=digest,
         reference=float_origin.label,
         reference_revision=reference_revision,
-        reference_dtype=_name(job.dtype),
-        reference_stored_dtype=_name(stored),
+        reference_dtype=name_of(job.dtype),
+        reference_stored_dtype=name_of(stored),
         protocol=Protocol(
             windows=windows,
             length=length,
-            dtype=_name(job.dtype),
+            dtype=name_of(job.dtype),
             device=job.device,
             seed=seed,
             bootstrap_samples=bootstrap_samples,
         ),
         texts=tuple(
-            _text_result(cut, measured, floor, job.floor_dtype, bootstrap)
-            for cut, measured, floor in zip(cuts, accuracy, floors, strict=True)
+            _text_result(cut, found, int8, floor, job.floor_dtype, bootstrap)
+            for cut, found, int8, floor in zip(cuts, measured, rounded, floors, strict=True)
         ),
         size=sizes,
         accuracy_kernels=ran,
@@ -204,54 +177,16 @@ def write_results(directory: Path | str, result: EvaluationResult) -> Path:
     return path
 
 
-def _accuracy(job: _Job, noise_floor: bool) -> tuple[list[Divergence], Sequence[Divergence | None], dict[str, int]]:
-    """The candidate, and the reference in the noise floor's dtype, on every text; and the candidate's kernels."""
-    with job.stages.stage("load float model"):
-        stream = LogitStream(job.reference.model or job.reference.load(job.dtype, job.device), "the reference")
-    references: list[Reference] = []
-    for cut in job.cuts:
-        with job.stages.stage(f"float model on {cut.text.name}", len(cut.ids)) as advance:
-            references.append(run_reference(stream, cut.ids, advance))
-    measured, ran = _against(job, references, job.candidate, "quantized model", job.dtype)
-    if not noise_floor:
-        return measured, [None] * len(measured), ran
-    fresh = Origin(job.reference.label, job.reference.directory, None, job.reference.trust_remote_code)
-    floors, _ = _against(job, references, fresh, f"noise floor ({_name(job.floor_dtype)})", job.floor_dtype)
-    return measured, floors, ran
-
-
-def _against(
-    job: _Job, references: list[Reference], origin: Origin, title: str, dtype: torch.dtype
-) -> tuple[list[Divergence], dict[str, int]]:
-    """A model against the reference on every text, and how many of its layers each kernel ran."""
-    with job.stages.stage(f"load {title}"):
-        model = origin.model or origin.load(dtype, job.device)
-        if origin is job.candidate and job.forces is not None and not _runs_our_kernels(model):
-            raise EvaluationError(
-                f"{job.forces} was asked for, but {origin.label} has no layer of hf-quant.",
-                "drop that, or evaluate a checkpoint made by hf-quant.",
-            )
-        stream = LogitStream(model, "the candidate" if origin is job.candidate else f"the reference in {_name(dtype)}")
-    found = []
-    for cut, reference in zip(job.cuts, references, strict=True):
-        with job.stages.stage(f"{title} on {cut.text.name}", len(cut.ids)) as advance:
-            found.append(compare(reference, stream, advance))
-    ran = kernels(model)
-    del model, stream
-    gc.collect()  # transformers' models hold reference cycles; the next one would come on top
-    return found, ran
-
-
-def _footprint(job: _Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[SpeedResult, ...]]:
+def _footprint(job: Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[SpeedResult, ...]]:
     """Bytes and speed of both models in 16 bits, loaded afresh; with ``repeats=0`` no speed."""
     gc.collect()
     subjects = []
     memory = []
     dtypes = []
     for role, origin in (("float", job.reference), ("quantized", job.candidate)):
-        with job.stages.stage(f"load {role} model in {_name(job.narrow)}"):
+        with job.stages.stage(f"load {role} model in {name_of(job.narrow)}"):
             model, seconds = timed_load(origin, job.narrow, job.device)
-        dtypes.append(_name(model.dtype))  # some formats do not follow the dtype that is asked for
+        dtypes.append(name_of(model.dtype))  # some formats do not follow the dtype that is asked for
         if repeats:
             subjects.append(Subject("float" if role == "float" else "quantized", model, seconds))
         else:
@@ -276,14 +211,24 @@ def _footprint(job: _Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[
 
 
 def _text_result(
-    cut: Windows, measured: Divergence, floor: Divergence | None, floor_dtype: torch.dtype, bootstrap: Bootstrap
+    cut: Windows,
+    measured: Divergence,
+    int8: Divergence | None,
+    floor: Divergence | None,
+    floor_dtype: torch.dtype,
+    bootstrap: Bootstrap,
 ) -> TextResult:
     summary = measured.summary(bootstrap)
-    noise = None
+    noise = rounded = None
+    if int8 is not None:
+        other = int8.summary(bootstrap)
+        rounded = RoundedActivations(
+            kl=other.kl, top1_agreement=other.top1_agreement, perplexity=other.perplexity_model
+        )
     if floor is not None:
         below = floor.summary(bootstrap)
         noise = NoiseFloor(
-            dtype=_name(floor_dtype),
+            dtype=name_of(floor_dtype),
             kl=below.kl,
             top1_agreement=below.top1_agreement,
             perplexity=below.perplexity_model,
@@ -301,6 +246,7 @@ def _text_result(
         kl_p99=measured.kl_p99,
         top1_agreement=summary.top1_agreement,
         noise_floor=noise,
+        int8_activations=rounded,
     )
 
 
@@ -319,7 +265,7 @@ def _protocol_dtype(asked: torch.dtype | None, reference: Origin, candidate: Ori
     for role, origin in (("reference", reference), ("candidate", candidate)):
         if origin.model is not None and origin.model.dtype != dtype:
             raise EvaluationError(
-                f"the {role} is in {_name(origin.model.dtype)}, but accuracy is to be measured in {_name(dtype)}.",
+                f"the {role} is in {name_of(origin.model.dtype)}, but accuracy is to be measured in {name_of(dtype)}.",
                 "load it in that dtype, or pass the directory instead of the model.",
             )
     return dtype
@@ -340,31 +286,3 @@ def _digest(origin: Origin, progress: bool) -> str | None:
         return None
     require_verified(origin.directory, progress=progress)
     return checkpoint_digest(origin.directory)
-
-
-def _runs_our_kernels(model: PreTrainedModel) -> bool:
-    return any(hasattr(module, "kernel_name") for module in model.modules())
-
-
-def _forces(kernel: str, activations: str) -> str | None:
-    if kernel != AUTO_KERNEL:
-        return f"kernel={kernel}"
-    return None if activations == FLOAT_ACTIVATIONS else f"activations={activations}"
-
-
-@contextmanager
-def _environment(variable: str, value: str) -> Iterator[None]:
-    """What layers that are made and prepared inside the block ask for."""
-    before = os.environ.get(variable)
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

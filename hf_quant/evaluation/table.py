@@ -59,6 +59,19 @@ def _tables(result: EvaluationResult) -> list[tuple[str, list[str], list[list[st
                 _interval(text.top1_agreement, 2, 100) + " %",
             ]
         )
+        if text.int8_activations is not None:
+            rounded = text.int8_activations
+            rows.append(
+                [
+                    "",
+                    "quantized, int8 activations",
+                    _interval(rounded.perplexity, 2),
+                    "",
+                    _interval(rounded.kl, 4),
+                    "",
+                    _interval(rounded.top1_agreement, 2, 100) + " %",
+                ]
+            )
         if text.noise_floor is not None:
             floor = text.noise_floor
             rows.append(

@@ -10,6 +10,8 @@ import hf_quant
 from hf_quant.checkpoint import checkpoint_digest, read_manifest
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.evaluation import evaluate, evaluate_directory
+from hf_quant.evaluation.table import markdown
+from hf_quant.kernels import native_library
 
 QUICK = {"windows": 3, "length": 32, "repeats": 1, "bootstrap_samples": 100, "progress": False, "texts": ["prose"]}
 
@@ -44,6 +46,22 @@ def test_kernels_agree(checkpoint, tiny_llama):
     assert automatic.texts[0].kl.value == pytest.approx(reference.texts[0].kl.value, rel=0.05)
     with pytest.raises(HfQuantError, match="no-such-kernel"):
         evaluate_directory(checkpoint, tiny_llama, kernel="no-such-kernel", **quick)
+
+
+@pytest.mark.skipif(native_library.unavailable() is not None, reason="no kernel rounds activations here")
+def test_int8_activations_are_measured_beside_float_ones(checkpoint, tiny_llama):
+    quick = {**QUICK, "speed": False, "noise_floor": False}
+    both = evaluate(checkpoint, tiny_llama, **quick)
+    assert both.accuracy_kernels == {"native (float activations)": 14, "float": 1}
+    rounded = both.texts[0].int8_activations
+    alone = evaluate(checkpoint, tiny_llama, activations="int8", **quick)
+    assert alone.accuracy_kernels == {"native (int8 activations)": 14, "float": 1}
+    assert (rounded.kl, rounded.perplexity) == (alone.texts[0].kl, alone.texts[0].perplexity_quantized)
+    assert rounded.kl != both.texts[0].kl
+    assert alone.texts[0].int8_activations is None
+    assert "quantized, int8 activations" in markdown(both)
+    for options in ({"kernel": "reference"}, {"int8_activations": False}):
+        assert evaluate(checkpoint, tiny_llama, **quick, **options).texts[0].int8_activations is None
 
 
 def test_a_changed_file_is_not_measured(checkpoint, tiny_llama, tmp_path):

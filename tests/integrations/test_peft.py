@@ -419,7 +419,8 @@ def test_an_adapter_comes_back(trained, published) -> None:
     reference = _logits(first)
     assert torch.equal(_logits(lazily), reference)
     with first.disable_adapter():
-        assert torch.equal(_logits(first), _logits(AutoModelForCausalLM.from_pretrained(published())))
+        bare = _logits(AutoModelForCausalLM.from_pretrained(published()))  # one that may run fused: equal to rounding
+        torch.testing.assert_close(_logits(first), bare, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(reference, _logits(first.unload()), atol=1e-2)
 
 
