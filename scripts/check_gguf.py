@@ -34,7 +34,7 @@ from measuring import (  # type: ignore[import-not-found]
 )
 from peer_environments import LLAMA_CPP, make_environment  # type: ignore[import-not-found]
 from torch.nn import functional
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_quant
 from hf_quant import HfQuantConfig
@@ -71,6 +71,28 @@ CASES = (
     Case("int4 sym g32, int8 embedding and head", {"group_size": 32, "overrides": {"embed_tokens": {"bits": 8}}}),
 )
 
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,  # attention that looks somewhere, so that a wrong position shows
+    "max_position_embeddings": 512,
+}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+_LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with Llama 3's frequencies": ("llama", {"rope_parameters": _LLAMA3}),
+    "llama with linear frequencies": ("llama", {"rope_parameters": _LINEAR, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "smollm3": ("smollm3", {}),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the rows and print their table."""
@@ -93,14 +115,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         plain = perplexity(np.stack([float_model(model)(row[None]).logits[0].numpy() for row in ids]), ids)
+    different = {
+        name: architecture(kind, settings, model, python, ids[:2, :128])
+        for name, (kind, settings) in ARCHITECTURES.items()
+    }
+    print(json.dumps(different), file=sys.stderr, flush=True)
     rows = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             row = measure(case, model, python, ids, text, expected, Path(folder), options.method)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
-    record(options.json, {"model": label_of(options.model), "float_perplexity": plain, "rows": rows})
-    lines = [_HEAD, _RULE, *(line_of(row) for row in rows), "", note(options, plain, len(expected), rows[0]["version"])]
+    record(
+        options.json,
+        {"model": label_of(options.model), "float_perplexity": plain, "architectures": different, "rows": rows},
+    )
+    notes = [note(options, plain, len(expected), rows[0]["version"]), architectures_note(different)]
+    lines = [_HEAD, _RULE, *(line_of(row) for row in rows), "", *notes]
     publish(lines, options.markdown, options.fill, _MARKS)
 
 
@@ -144,6 +175,27 @@ def measure(
     }
 
 
+def architecture(
+    kind: str, settings: dict[str, Any], tokenizer: Path, python: Path, ids: torch.Tensor
+) -> dict[str, float]:
+    """A small random model of one type: the largest difference of logits (float32 weights), and the largest logit."""
+    made = AutoTokenizer.from_pretrained(tokenizer)
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(made)}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_SIZES, **special, **settings))
+    model = model.float().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        file = gguf_file.write(model, Path(folder), Path(folder), "random").file
+        _, theirs = run(python, file, ids, Path(folder))
+    with torch.no_grad():
+        ours = model(ids).logits.numpy()
+    return {"difference": float(np.abs(ours - theirs).max()), "largest": float(np.abs(ours).max())}
+
+
 def run(
     python: Path, file: Path, ids: torch.Tensor, folder: Path, text: str = "", chat: str = ""
 ) -> tuple[dict[str, Any], np.ndarray]:
@@ -179,6 +231,15 @@ def note(options: argparse.Namespace, plain: float, tokens: int, version: str) -
         f"{label_of(options.model)} (float32: perplexity {plain:.3f}), {options.windows} windows of {options.length} "
         f"held-out tokens; llama-cpp-python {version}, keys and values in float32. KL(hf-quant ‖ llama.cpp) in nats "
         f"per token. {tokens:,} tokens of a text are the same in both tokenizers, in every row."
+    )
+
+
+def architectures_note(different: dict[str, dict[str, float]]) -> str:
+    """What was found on the random models, in a sentence."""
+    largest = max(found["difference"] / found["largest"] for found in different.values())
+    return (
+        f"Small random models in float32 ({', '.join(different)}): the logits of llama.cpp are those of transformers "
+        f"to {largest:.1g} of the largest one."
     )
 
 
