@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_quant.errors import EvaluationError
+from hf_quant.nn.switching import switch
 
 # One chunk of float32 logits; about six such buffers live at once while two models are compared.
 CHUNK_BYTES = 32 * 2**20
@@ -106,7 +107,15 @@ class LogitStream:
         return self.model(input_ids=ids, use_cache=False).logits
 
     def _probe(self) -> None:
-        """Find the backbone and make sure that streaming changes nothing."""
+        """Find the backbone and make sure that streaming changes nothing.
+
+        Both sides run unfused: hooks see to that on one of them, and with int8 activations a last bit that differs can
+        move a code.
+        """
+        with switch(False):
+            self._find()
+
+    def _find(self) -> None:
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
         rows = int(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
         ids = (torch.arange(_PROBE_TOKENS, device=self.device) * 7919 % max(rows - 1, 1)).unsqueeze(0)
