@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
-from measuring import publish
+from measuring import publish  # type: ignore[import-not-found]
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "conformance"))
-from architectures import CASES, Architecture
-from trial import Outcome, run
+from architectures import CASES, Architecture  # type: ignore[import-not-found]
+from trial import Outcome, run  # type: ignore[import-not-found]
 
 MARKS = ("<!-- table:support -->", "<!-- /table:support -->")
 HEADER = (
