@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hf_quant.card_facts import LABEL, Facts
 from hf_quant.card_text import amount, listing, markdown, significant, value_only, with_interval
-from hf_quant.evaluation.results import EvaluationResult, NoiseFloor, RoundedActivations, TextResult
+from hf_quant.evaluation.results import EvaluationResult, Figures, TextResult
 
 _MOST_TEXTS = 3
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -127,7 +127,7 @@ def text_rows(results: EvaluationResult | None) -> list[TextRow]:
                 with_interval(text.top1_agreement, " %", factor=100),
             )
         )
-        others: tuple[tuple[str, NoiseFloor | RoundedActivations | None], ...] = (
+        others: tuple[tuple[str, Figures | None], ...] = (
             ('quantized, with `activations="int8"`', text.int8_activations),
             (f"noise floor: float in {text.noise_floor.dtype}" if text.noise_floor else "", text.noise_floor),
         )

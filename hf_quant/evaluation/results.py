@@ -34,21 +34,22 @@ class Protocol(_Strict):
     bootstrap_samples: int
 
 
-class NoiseFloor(_Strict):
+class Figures(_Strict):
+    """What is measured of any model against the float one."""
+
+    kl: Interval
+    top1_agreement: Interval
+    perplexity: Interval
+
+
+class NoiseFloor(Figures):
     """The float model in ``dtype`` against itself in the protocol's dtype: differences below it mean nothing."""
 
     dtype: str
-    kl: Interval
-    top1_agreement: Interval
-    perplexity: Interval
 
 
-class RoundedActivations(_Strict):
+class RoundedActivations(Figures):
     """The quantized model once more, with its activations rounded to int8 on the fly where its kernels can do that."""
-
-    kl: Interval
-    top1_agreement: Interval
-    perplexity: Interval
 
 
 class TextResult(_Strict):

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text as RichText
 
-from hf_quant.evaluation.results import EvaluationResult, Interval, SpeedResult
+from hf_quant.evaluation.results import EvaluationResult, Figures, Interval, SpeedResult
 
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
@@ -59,32 +59,15 @@ def _tables(result: EvaluationResult) -> list[tuple[str, list[str], list[list[st
                 _interval(text.top1_agreement, 2, 100) + " %",
             ]
         )
-        if text.int8_activations is not None:
-            rounded = text.int8_activations
-            rows.append(
-                [
-                    "",
-                    "quantized, int8 activations",
-                    _interval(rounded.perplexity, 2),
-                    "",
-                    _interval(rounded.kl, 4),
-                    "",
-                    _interval(rounded.top1_agreement, 2, 100) + " %",
-                ]
-            )
-        if text.noise_floor is not None:
-            floor = text.noise_floor
-            rows.append(
-                [
-                    "",
-                    f"noise floor: float in {floor.dtype}",
-                    _interval(floor.perplexity, 2),
-                    "",
-                    _interval(floor.kl, 4),
-                    "",
-                    _interval(floor.top1_agreement, 2, 100) + " %",
-                ]
-            )
+        floor = text.noise_floor
+        others: tuple[tuple[str, Figures | None], ...] = (
+            ("quantized, int8 activations", text.int8_activations),
+            ("" if floor is None else f"noise floor: float in {floor.dtype}", floor),
+        )
+        for label, found in others:
+            if found is not None:
+                agreement = _interval(found.top1_agreement, 2, 100) + " %"
+                rows.append(["", label, _interval(found.perplexity, 2), "", _interval(found.kl, 4), "", agreement])
     tables = [("Accuracy", header, rows), ("Size", *_size(result))]
     if result.speed:
         tables.append(("Speed", *_speed(result.speed)))
