@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hf_quant import plots
 from hf_quant.card_claims import claim, limits, methods, scheme_summary, text_rows, vllm_reads
 from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, is_local, shown_base
 from hf_quant.card_metadata import (
+    INHERITED_KEYS,
     LIBRARY,
     TAG,
     BaseCard,
@@ -47,7 +48,9 @@ from hf_quant.checkpoint import (
     read_headers,
     read_json,
     read_manifest,
+    record_evidence,
 )
+from hf_quant.checkpoint.contents import UNRECORDED, list_files, matches
 from hf_quant.errors import CardError
 from hf_quant.evaluation.results import EvaluationResult
 
@@ -56,7 +59,40 @@ TEMPLATE = "card_template.md"  # in the wheel; model_cards/template.md in the re
 BUDGET_PLOT = "budget"  # drawn when the budget was kept, from what is known only then
 PROVENANCE_KEYS = ("version", "format", "method", "recipe", "base_model")
 
-__all__ = ["BaseCard", "CheckpointFacts", "read_base_card", "render", "validate_card", "with_repo_id", "write_card"]
+__all__ = [
+    "BaseCard",
+    "CardInputs",
+    "CheckpointFacts",
+    "compose",
+    "read_base_card",
+    "record_card",
+    "render",
+    "validate_card",
+    "with_repo_id",
+    "write_card",
+]
+
+
+@dataclass(frozen=True)
+class CardInputs:
+    """What a card is made from besides the files of its checkpoint; recorded, so that anybody can make it again.
+
+    Attributes:
+        name: title of the card.
+        repo_id: what the snippets load.
+        known: keys that replace those of the recorded provenance (the base model's Hub id).
+        base: what is inherited from the base model's card; base_problem: why it could not be read.
+        quantized_by: who made it.
+        measured: the card states results.
+    """
+
+    name: str
+    repo_id: str
+    known: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    base_problem: str = ""
+    quantized_by: str | None = None
+    measured: bool = True
 
 
 def render(
@@ -172,43 +208,73 @@ def write_card(
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    config = read_json(directory, "config.json")
     _check_whole(directory, manifest)
-    _check_provenance(directory, manifest.provenance, config)
-    results = _read_results(directory, allow_unmeasured)
-    provenance = dict(manifest.provenance)
-    recorded = provenance.get("base_model")
+    known: dict[str, Any] = {}
+    recorded = manifest.provenance.get("base_model")
     if base_model is not None:
         if hub_id(base_model) is None:
             raise CardError(f"base_model={base_model!r} is not a Hub id.", "give it as org/name.")
-        provenance |= {"base_model": base_model, "base_model_is_local": False}
+        known = {"base_model": base_model, "base_model_is_local": False}
         if recorded and recorded != base_model:
-            provenance["base_model_copy"] = recorded
+            known["base_model_copy"] = recorded
     elif recorded and Path(str(recorded)).expanduser().is_dir():
-        provenance["base_model_is_local"] = True
+        known["base_model_is_local"] = True
     if base_card is None:
-        base_card = _find_base_card(provenance, recorded)
+        base_card = _find_base_card({**manifest.provenance, **known}, recorded)
     name = repo_id.rpartition("/")[2] if repo_id else directory.resolve().name
-    facts = CheckpointFacts(
+    inputs = CardInputs(
         name=name,
         repo_id=repo_id or name,
+        known=known,
+        base={key: value for key in INHERITED_KEYS if isinstance(value := base_card.metadata.get(key), (str, list))},
+        base_problem=base_card.problem,
+        quantized_by=quantized_by,
+        measured=(directory / RESULTS_FILE).is_file() or not allow_unmeasured,
+    )
+    text, drawn = compose(directory, inputs)
+    _write_plots(directory / PLOTS_DIR, drawn)
+    validate_card(text, directory)
+    atomic_write(directory / README_FILE, text)
+    record_card(directory, inputs)
+    return directory / README_FILE
+
+
+def record_card(directory: Path | str, inputs: CardInputs) -> None:
+    """Record in the manifest what the card, its plots and the results are now, and what the card was made from."""
+    names = [name for name in list_files(directory) if name != MANIFEST_FILE and matches(name, UNRECORDED)]
+    record_evidence(directory, names, asdict(inputs))
+
+
+def compose(directory: Path | str, inputs: CardInputs) -> tuple[str, list[plots.Plot]]:
+    """The card of a checkpoint and its plots, from what is recorded in the directory; writes nothing.
+
+    Raises:
+        CardError: no results, results of another checkpoint, or facts that are missing.
+        CheckpointError: the directory is not a whole checkpoint of ours.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    config = read_json(directory, "config.json")
+    _check_provenance(directory, manifest.provenance, config)
+    results = _read_results(directory) if inputs.measured else None
+    facts = CheckpointFacts(
+        name=inputs.name,
+        repo_id=inputs.repo_id,
         architecture=str((config.get("architectures") or [""])[0]),
         model_type=str(config.get("model_type", "")),
         files=tuple((file, entry.bytes) for file, entry in sorted(manifest.files.items())),
         tensors={tensor: info.nbytes for tensor, info in read_headers(directory).items()},
         chat=_has_chat_template(directory, list(manifest.files)),
         custom_code=bool(config.get("auto_map")),
-        quantized_by=quantized_by,
+        quantized_by=inputs.quantized_by,
     )
     drawn = plots.draw(results, layer_rows(manifest.plan, facts.tensors))
     shown = tuple((f"{PLOTS_DIR}/{plot.name}.png", plot.caption) for plot in drawn)
-    if provenance.get("budget") and (directory / PLOTS_DIR / f"{BUDGET_PLOT}.png").is_file():
+    if manifest.provenance.get("budget") and (directory / PLOTS_DIR / f"{BUDGET_PLOT}.png").is_file():
         shown += ((f"{PLOTS_DIR}/{BUDGET_PLOT}.png", "The curve of least predicted loss that the budget chose from"),)
-    text = render(results, provenance, manifest.plan, replace(facts, plots=shown), base_card)
-    _write_plots(directory / PLOTS_DIR, drawn)
-    validate_card(text, directory)
-    atomic_write(directory / README_FILE, text)
-    return directory / README_FILE
+    provenance = {**manifest.provenance, **inputs.known}
+    base = BaseCard(inputs.base, inputs.base_problem)
+    return render(results, provenance, manifest.plan, replace(facts, plots=shown), base), drawn
 
 
 def _template() -> str:
@@ -264,11 +330,9 @@ def _check_provenance(directory: Path, recorded: Mapping[str, Any], config: Mapp
         )
 
 
-def _read_results(directory: Path, allow_unmeasured: bool) -> EvaluationResult | None:
+def _read_results(directory: Path) -> EvaluationResult:
     path = directory / RESULTS_FILE
     if not path.is_file():
-        if allow_unmeasured:
-            return None
         raise CardError(
             f"{directory} has no {RESULTS_FILE}, and a card states only what was measured.",
             f"run `hf-quant evaluate {directory}` first (or allow an unmeasured card explicitly).",

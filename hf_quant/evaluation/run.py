@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_quant.checkpoint import MANIFEST_FILE, atomic_write, checkpoint_digest, require_verified
+from hf_quant.checkpoint import MANIFEST_FILE, atomic_write, checkpoint_digest, record_evidence, require_verified
 from hf_quant.errors import EvaluationError
 from hf_quant.evaluation import environment
 from hf_quant.evaluation.accuracy import AUTO_KERNEL, Job, accuracy, environment_of, forces, name_of
@@ -171,9 +171,14 @@ def evaluate_directory(directory: Path | str, reference: Source, **options: Any)
 
 
 def write_results(directory: Path | str, result: EvaluationResult) -> Path:
-    """Write ``evaluation.json`` into a directory, whole or not at all; returns its path. Raises OutputError."""
+    """Write ``evaluation.json`` into a directory, whole or not at all; returns its path. Raises OutputError.
+
+    A checkpoint of ours records its digest, for :func:`hf_quant.verify`.
+    """
     path = Path(directory) / RESULTS_FILE
     atomic_write(path, result.model_dump_json(indent=2) + "\n")
+    if (Path(directory) / MANIFEST_FILE).is_file():
+        record_evidence(directory, [RESULTS_FILE])
     return path
 
 
