@@ -15,6 +15,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from hf_quant.plan import Plan, PlannedLayer
+    from hf_quant.plan_parallel import Parallel
 
 ARGUMENTS = "hf_quant.arguments"  # key of a typer context: what was typed after the program's name
 _PLAIN_WIDTH = 160  # a log or a pipe has no width of its own: wide enough that no table is cut
@@ -151,6 +152,24 @@ def print_plan(plan: Plan) -> None:
 def _calibrating(plan: Plan) -> str:
     calibrated = any(layer.method == "gptq" for layer in plan.quantized)
     return "; calibrating comes first and needs the activations of its samples" if calibrated else ""
+
+
+def print_split(split: Parallel) -> None:
+    """A plan over several devices: one row for all blocks alike, with one device's shard or what does not divide."""
+    groups: dict[tuple[object, ...], int] = {}
+    for layer in split.layers:
+        key = (grouped_name(layer.name), layer.role, layer.shape, layer.problem)
+        groups[key] = groups.get(key, 0) + 1
+    rows = table(f"over {split.devices} devices", "×", "split by", "shard", "problem", right=("×",))
+    by = {"column": "outputs", "row": "inputs", "replicated": "copied to each"}
+    for (name, role, shape, problem), count in groups.items():
+        assert isinstance(shape, tuple)
+        shard = "" if problem else " × ".join(map(str, shape))
+        rows.add_row(str(name), str(count), by[str(role)], shard, f"[red]{problem}[/red]" if problem else "")
+    out.print()
+    out.print(rows)
+    if split.note:
+        out.print(split.note)
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:

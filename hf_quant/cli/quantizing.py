@@ -10,7 +10,7 @@ import typer
 
 from hf_quant.cli import options as o
 from hf_quant.cli.memory import give_memory_back
-from hf_quant.cli.output import out, plan_data, print_json, print_plan, quiet_libraries, size
+from hf_quant.cli.output import out, plan_data, print_json, print_plan, print_split, quiet_libraries, size
 from hf_quant.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a model id on the Hub.")]
@@ -29,6 +29,14 @@ def plan(
     on_indivisible: o.OnIndivisible = None,
     recipe: o.Recipe = None,
     preset: o.Preset = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Check too that a server can split every layer over N devices (vLLM's --tensor-parallel-size).",
+        ),
+    ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
 ) -> None:
@@ -42,6 +50,8 @@ def plan(
     hf-quant plan ./Llama-3.2-1B
 
     hf-quant plan ./Llama-3.2-1B --bits 4 --group-size 64 --asymmetric --override down_proj=bits=8
+
+    hf-quant plan ./Llama-3.2-1B --group-size 128 --tensor-parallel 4
 
     hf-quant plan ./Llama-3.2-1B --recipe configs/nf4.yaml --json | jq .planned_bytes
     """
@@ -58,13 +68,22 @@ def plan(
         on_indivisible=on_indivisible,
         **o.calibration_flags(recipe, preset, method),
     )
-    from hf_quant.skeleton import plan_directory
+    from hf_quant.plan_parallel import split_plan
+    from hf_quant.skeleton import plan_directory, read_settings
 
     made = plan_directory(model, config, trust_remote_code=trust_remote_code)
+    split = None
+    if tensor_parallel is not None:
+        settings = read_settings(model, trust_remote_code=trust_remote_code)
+        split = split_plan(made, settings, tensor_parallel)
     if json:
-        print_json(plan_data(made))
+        print_json(plan_data(made) | ({"tensor_parallel": split.data()} if split else {}))
     else:
         print_plan(made)
+        if split:
+            print_split(split)
+    if split:
+        split.require_fit()
 
 
 def quantize(
