@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def convert(
 
     Raises:
         ConfigError: an unknown target, or ``round_scales`` for one that does not round.
-        DependencyError: GGUF needs the package ``gguf``.
+        DependencyError: the target needs a package that is not installed.
         CheckpointError: not a quantized checkpoint, damaged, or one that our runtime does not hold.
         FormatError: the target cannot hold a layer exactly; the layer and the reason are named.
         OutputExistsError, OutputError: the output cannot be written.
@@ -92,8 +93,9 @@ def convert(
     stored = format_of(config)
     # the layout in which tensors are stored: another one would only be undone
     model = api.load(source, kernel="reference", trust_remote_code=trust_remote_code)
-    if to == gguf.NAME:
-        return _write_gguf(model, source, output, stored, overwrite, round_scales, trust_remote_code)
+    if to in EXPORTS:
+        options = {"round_scales": True} if round_scales else {}
+        return _export(model, source, output, stored, to, overwrite, trust_remote_code=trust_remote_code, **options)
     target, notes = TARGETS[to](model)
     before = getattr(model.config, KEY, None) or {"version": __version__}
     made = model.hf_quantizer
@@ -103,31 +105,24 @@ def convert(
     return Conversion(stored, target, sum(1 for _ in quantized_modules(model)), notes)
 
 
-def _write_gguf(
-    model: PreTrainedModel,
-    source: Path,
-    output: Path,
-    stored: str,
-    overwrite: bool,
-    round_scales: bool,
-    trust_remote_code: bool,
+def _export(
+    model: PreTrainedModel, source: Path, output: Path, stored: str, to: str, overwrite: bool, **options: Any
 ) -> Conversion:
-    """One GGUF file in a directory with the tokenizer's and the licence's files and a manifest."""
+    """The files of another runtime in a directory with the tokenizer's and the licence's files and a manifest."""
     try:
-        from hf_quant.export import gguf_file
+        writer = import_module(f"hf_quant.export.{to}_file")
     except ImportError as error:
         raise DependencyError(
-            f"GGUF needs a package that is missing: {error}.", "pip install hf-quant[gguf]."
+            f"{to} needs a package that is missing: {error}.", f"pip install hf-quant[{to}]."
         ) from error
     before = getattr(model.config, KEY, None) or {"version": __version__}
+    layers = sum(1 for _ in quantized_modules(model))  # a writer may use the model up
     with atomic_directory(output, overwrite=overwrite) as directory:
-        options = {"round_scales": round_scales, "trust_remote_code": trust_remote_code}
-        written = gguf_file.write(model, source, directory, output.absolute().name, **options)
+        written = writer.write(model, source, directory, output.absolute().name, **options)
         copy_side_files(source, directory)
-        record = {**before, "format": gguf.NAME, "converted_from": stored}
+        record = {**before, "format": to, "converted_from": stored}
         write_manifest(directory, record, plan_rows(model.hf_quantizer.plan))
-    notes = (f"llama.cpp's file is {written.file.name}", *written.notes)
-    return Conversion(stored, gguf.NAME, sum(1 for _ in quantized_modules(model)), notes, written.exact)
+    return Conversion(stored, to, layers, written.notes, written.exact)
 
 
 def _to_stock(name: str) -> Callable[[PreTrainedModel], tuple[str, tuple[str, ...]]]:
@@ -200,4 +195,6 @@ def _notes(name: str, scales: str, dtype: torch.dtype) -> tuple[str, ...]:
 TARGETS: dict[str, Callable[[PreTrainedModel], tuple[str, tuple[str, ...]]]] = {
     name: _to_stock(name) for name in (compressed_tensors.NAME, gptq.V1.NAME, awq.NAME, bitsandbytes.NAME)
 }
-NAMES = (*TARGETS, gguf.NAME)
+# files of other runtimes, each written by hf_quant.export.<name>_file.write, which wants the extra of that name
+EXPORTS = (gguf.NAME,)
+NAMES = (*TARGETS, *EXPORTS)

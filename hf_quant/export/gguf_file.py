@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_quant.export import gguf_model, gguf_tokenizer
+from hf_quant.export import Written, gguf_model, gguf_tokenizer
 from hf_quant.export.gguf_model import Entry
 from hf_quant.formats import gguf as blocks
 from hf_quant.nn.packed import PackedWeight
@@ -29,21 +28,6 @@ _FILE_TYPES = {
 }
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _EXACT = "none: every weight has the value that it had"
-
-
-@dataclass(frozen=True)
-class Written:
-    """What is in the file.
-
-    Attributes:
-        file: its path.
-        exact: whether every quantized weight has the value that it had.
-        notes: what a user should know, in words.
-    """
-
-    file: Path
-    exact: bool
-    notes: tuple[str, ...]
 
 
 def write(
@@ -99,7 +83,8 @@ def write(
             writer.write_tensor_data(_data(entry, round_scales))
     finally:
         writer.close()
-    return Written(file, not cost, (*([cost] if cost else []), *gguf_model.notes_of(model), *notes))
+    said = (f"llama.cpp's file is {file.name}", *([cost] if cost else []), *gguf_model.notes_of(model), *notes)
+    return Written(file, said, exact=not cost)
 
 
 def _cost(entries: list[Entry], round_scales: bool) -> str:
