@@ -23,8 +23,10 @@ from hf_quant.version import __version__
 if TYPE_CHECKING:
     from hf_quant.api import LayerReport, inspect_model, load, quantize, save
     from hf_quant.config import HfQuantConfig
+    from hf_quant.hub import push
     from hf_quant.integrations.stock import disable, enable
     from hf_quant.nn.fused import FusedReport, describe_fused, fuse, unfuse
+    from hf_quant.verification import verify
 
 __all__ = [
     "FusedReport",
@@ -38,9 +40,11 @@ __all__ = [
     "fuse",
     "inspect_model",
     "load",
+    "push",
     "quantize",
     "save",
     "unfuse",
+    "verify",
 ]
 
 _PLUGIN = "hf_quant.integrations.stock"  # importing it registers and enables
@@ -49,6 +53,8 @@ _HOMES = {
     "HfQuantConfig": "hf_quant.config",
     "disable": _PLUGIN,
     "enable": _PLUGIN,
+    "push": "hf_quant.hub",
+    "verify": "hf_quant.verification",
     **dict.fromkeys(("FusedReport", "describe_fused", "fuse", "unfuse"), "hf_quant.nn.fused"),
     **dict.fromkeys(("LayerReport", "inspect_model", "load", "save"), "hf_quant.api"),
 }

@@ -348,5 +348,8 @@ def _plan_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
     if isinstance(model.hf_quantizer, HfQuantQuantizer) or not (source / MANIFEST_FILE).is_file():
         return rows
     recorded = list(read_manifest(source).plan)
-    same = {row["name"]: row["label"] for row in rows} == {row.get("name"): row.get("label") for row in recorded}
-    return recorded if same else rows
+    if {row["name"]: row["label"] for row in rows} != {row.get("name"): row.get("label") for row in recorded}:
+        return rows
+    # in another format a layer takes other bytes
+    now = {row["name"]: row["planned_bytes"] for row in rows if row["label"]}
+    return [{**row, "planned_bytes": now.get(row["name"], row["planned_bytes"])} for row in recorded]

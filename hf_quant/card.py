@@ -53,6 +53,7 @@ from hf_quant.checkpoint import (
 from hf_quant.checkpoint.contents import UNRECORDED, list_files, matches
 from hf_quant.errors import CardError
 from hf_quant.evaluation.results import EvaluationResult
+from hf_quant.version import __version__
 
 PLOTS_DIR = "plots"
 TEMPLATE = "card_template.md"  # in the wheel; model_cards/template.md in the repository
@@ -84,6 +85,7 @@ class CardInputs:
         base: what is inherited from the base model's card; base_problem: why it could not be read.
         quantized_by: who made it.
         measured: the card states results.
+        version: of hf-quant, which words it.
     """
 
     name: str
@@ -93,6 +95,7 @@ class CardInputs:
     base_problem: str = ""
     quantized_by: str | None = None
     measured: bool = True
+    version: str = __version__
 
 
 def render(

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
-from hf_quant.checkpoint.headers import read_headers
+from hf_quant.checkpoint.headers import check_directory, read_headers, read_json, weight_files
 from hf_quant.config import HfQuantConfig
 from hf_quant.errors import CheckpointError, PlanError
+from hf_quant.integrations.stock import StockRuntime, StoredConfig
 from hf_quant.integrations.stored import missing_weights
 from hf_quant.plan import Plan, make_plan
 
@@ -52,6 +54,28 @@ def plan_directory(path: str | Path, config: HfQuantConfig, trust_remote_code: b
             f"{path} lacks {missing[0]}.weight ({len(missing)} such layers).", "download or copy the checkpoint again."
         )
     return plan
+
+
+def plan_of_directory(path: str | Path, trust_remote_code: bool = False) -> Plan:
+    """The plan that a quantized checkpoint was made by, as its config.json and safetensors headers tell it.
+
+    Raises:
+        CheckpointError: the directory is incomplete, damaged or not quantized.
+        FormatError: files and config disagree, or a format that hf-quant does not hold.
+        PlanError: an architecture that the installed transformers does not have.
+    """
+    check_directory(path)
+    settings = read_settings(path, trust_remote_code=trust_remote_code)
+    quantization = read_json(path, "config.json").get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path} is not quantized.", "quantize it first: hf-quant quantize MODEL -o OUT.")
+    with torch.device("meta"):
+        # the dtype of config.json; without one, the class's own
+        skeleton = model_class(settings)._from_config(settings)
+    method = str(quantization.get("quant_method"))
+    runtime = StockRuntime(StoredConfig(method, quantization), method, AutoHfQuantizer.from_config)
+    files = [str(Path(path) / name) for name in weight_files(path) if name.endswith(".safetensors")]
+    return runtime.read_plan(skeleton, files)
 
 
 def read_settings(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_quant.cli import chatting, converting, demonstrating, inspecting, measuring, publishing, quantizing, serving
+from hf_quant.cli import (
+    chatting,
+    converting,
+    demonstrating,
+    inspecting,
+    measuring,
+    publishing,
+    quantizing,
+    serving,
+    verifying,
+)
 from hf_quant.cli.output import ARGUMENTS, err, print_error
 from hf_quant.errors import HfQuantError
 from hf_quant.version import __version__
@@ -70,7 +80,7 @@ app = typer.Typer(
         "hf-quant evaluate OUT --reference MODEL_DIR  what it cost: perplexity, KL, agreement, size, speed\n\n"
         "hf-quant card OUT && hf-quant push OUT --repo-id me/model-int4\n\n"
         "No model at hand? [bold]hf-quant demo[/bold] does all of it with a real one. "
-        "Exit codes: 0 done, 2 bad input (with what to do about it), 130 interrupted."
+        "Exit codes: 0 done, 1 does not verify, 2 bad input (with what to do about it), 130 interrupted."
     ),
 )
 
@@ -98,6 +108,7 @@ app.command("quantize")(quantizing.quantize)
 app.command("evaluate")(measuring.evaluate)
 app.command("card")(measuring.card)
 app.command("push")(publishing.push)
+app.command("verify")(verifying.verify)
 app.command("inspect")(inspecting.inspect)
 app.command("convert")(converting.convert)
 app.command("chat")(chatting.chat)

@@ -11,11 +11,12 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,7 +30,7 @@ from hf_quant.integrations.stored import StoredModule, scale_dtype, stored_modul
 from hf_quant.integrations.transformers import Runtime, register, requested
 from hf_quant.nn.embedding import is_embedding
 from hf_quant.nn.swap import float_shape, put_empty, share_tables, tied_to, untie
-from hf_quant.plan import is_linear, plan_of_checkpoint
+from hf_quant.plan import Plan, is_linear, plan_of_checkpoint
 from hf_quant.provenance import KEY
 
 if TYPE_CHECKING:  # transformers imports its quantizers, and with them this file, while it makes this class
@@ -97,8 +98,7 @@ class StockRuntime(Runtime):
             self._process_model_before_weight_loading(model, **kwargs)
             return
         self.keep_split(model, schemes)
-        dtype = model_dtype(model, kwargs.get("dtype"))
-        scales = scale_dtype((stored or {}).values(), self.format.SCALE) or dtype
+        scales = scale_dtype((stored or {}).values(), self.format.SCALE) or model_dtype(model, kwargs.get("dtype"))
         self.plan = plan_of_checkpoint(model, schemes, self.format_name, str(scales).removeprefix("torch."))
         for name in schemes:
             if tied_to(model, name) in schemes:
@@ -106,6 +106,19 @@ class StockRuntime(Runtime):
         put_empty(model, schemes, scales, *requested(), ordered)
         _check_tables(kwargs.get("device_map"), self.plan.shares)
         share_tables(model, self.plan.shares)
+
+    def read_plan(self, skeleton: PreTrainedModel, files: Sequence[str]) -> Plan:
+        """The plan that safetensors files hold; nothing is loaded, and no module of the skeleton is replaced.
+
+        Raises:
+            FormatError: files and config disagree, or a layout that our kernels do not hold.
+        """
+        self._convert_model_for_quantization(skeleton)
+        stored = stored_modules(skeleton, files, self.format.SUFFIXES) or {}
+        schemes = self._schemes(skeleton, stored, set())
+        self.keep_split(skeleton, schemes)
+        scales = scale_dtype(stored.values(), self.format.SCALE) or model_dtype(skeleton)
+        return plan_of_checkpoint(skeleton, schemes, self.format_name, str(scales).removeprefix("torch."))
 
     def _become_stock(self) -> None:
         """transformers holds this object already: from here on it is a stock quantizer."""
@@ -183,6 +196,10 @@ class StockRuntime(Runtime):
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": Decode}
+
+    def get_weight_conversions(self) -> list[Any]:
+        """The same as a list: before release 5.21 transformers asks for this alone."""
+        return [WeightConverter(names, leaf, [Decode(self)]) for leaf, names in self.serialized_names.items()]
 
     def published_config(self, model: nn.Module | None) -> dict[str, Any]:
         if self.method in _ACCELERATED and self.format_name == format_of(self.loaded):
