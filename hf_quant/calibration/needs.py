@@ -93,13 +93,16 @@ def find_needs(model: Any, directory: str | Path | None) -> Needs:
     kind: Literal["decoder", "encoder", "seq2seq"] = "encoder"
     if getattr(config, "is_encoder_decoder", False):
         kind = "seq2seq"
-    elif modality == "text" and hasattr(found, "can_generate") and found.can_generate() and _causal(config):
+    elif modality == "text" and hasattr(found, "can_generate") and found.can_generate() and not reads_ahead(config):
         kind = "decoder"
     return Needs(modality, kind, main_input, config, found)
 
 
-def _causal(config: Any) -> bool:
-    # BertLMHeadModel and its like can generate; as they are trained (with a masked-language-model head), they see the
-    # future, unless their config says is_decoder.
+def reads_ahead(config: Any) -> bool:
+    """Whether every token of a text sees those after it: encoders, also where transformers offers them as decoders.
+
+    BertLMHeadModel and its like can generate; as they are trained (with a masked-language-model head), they see the
+    future, unless their config says ``is_decoder``.
+    """
     text = config.get_text_config()
-    return text.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(text, "is_decoder", False))
+    return text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", False)

@@ -33,8 +33,25 @@ def evaluate(
             "hub:NAME[@CONFIG][:SPLIT[:COLUMN]]. [dim]Default: docs and prose.[/dim]",
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(min=2, help="Windows per text.")] = 16,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    media: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="For models of images or sound: images:DIR or audio:DIR. "
+            "[dim]Default: synthetic ones, and the results say so.[/dim]",
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Windows per text, images or clips. [dim]Default: 16; encoders, classifiers, images 128.[/dim]",
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=8, help="Tokens per window. [dim]Default: 512; encoder-decoders 256, encoders 128.[/dim]"),
+    ] = None,
     speed: Annotated[
         bool, typer.Option("--speed/--no-speed", help="Measure load time and tokens per second too.")
     ] = True,
@@ -70,12 +87,16 @@ def evaluate(
 
     Perplexity, KL(float ‖ quantized) in nats per token and top-1 agreement on held-out windows, each with a 95 %
     confidence interval and the noise floor; bytes on disk and in memory; load seconds, prefill and decode tokens/s.
+    Encoders, classifiers, encoder-decoders, models of images and sound have figures of their own: embeddings, classes,
+    nearest neighbours, transcripts, captions.
 
     [bold]Examples[/bold]
 
     hf-quant evaluate ./out --reference ./Llama-3.2-1B
 
     hf-quant evaluate ./out -r ./Llama-3.2-1B --text notes.txt --windows 8 --json > results.json
+
+    hf-quant evaluate ./vit-int8 -r ./vit --media images:./photos
     """
     quiet_libraries()
     from hf_quant.evaluation import evaluate_directory
@@ -84,7 +105,8 @@ def evaluate(
     result = evaluate_directory(
         directory,
         reference or recorded_base(directory),
-        texts=tuple(text or ("docs", "prose")),
+        texts=tuple(text) if text else None,
+        media=media,
         windows=windows,
         length=length,
         speed=speed,

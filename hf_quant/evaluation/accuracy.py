@@ -6,8 +6,8 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +32,6 @@ class Job:
     stages: Stages
     candidate: Origin
     reference: Origin
-    cuts: tuple[Windows, ...]
     dtype: torch.dtype
     narrow: torch.dtype
     device: str
@@ -50,20 +49,63 @@ class Job:
         return self.narrow if self.dtype == torch.float32 else torch.float32
 
 
-Maybe = Sequence[Divergence | None]
+class Judge(Protocol):
+    """Something to measure models on: it meets the float model once, and then whatever is compared with it."""
+
+    def meet(self, reference: Any, stages: Stages) -> None:
+        """Get to know the float model."""
+
+    def against(self, model: Any, label: str, title: str, stages: Stages) -> list[Any]:
+        """Compare a model with the float one: one finding per text or set of samples."""
 
 
-def accuracy(
-    job: Job, noise_floor: bool, int8_activations: bool
-) -> tuple[list[Divergence], Maybe, Maybe, dict[str, int]]:
-    """On every text: the candidate, it with int8 activations, and the noise floor; and the candidate's kernels."""
+@dataclass
+class WindowJudge:
+    """Windows of text, for models that continue it; finds one :class:`Divergence` per text."""
+
+    cuts: Sequence[Windows]
+    references: list[Reference] = field(default_factory=list)
+
+    def meet(self, reference: Any, stages: Stages) -> None:
+        """Run the float model's backbone."""
+        stream = LogitStream(reference, "the reference")
+        for cut in self.cuts:
+            with stages.stage(f"float model on {cut.text.name}", len(cut.ids)) as advance:
+                self.references.append(run_reference(stream, cut.ids, advance))
+
+    def against(self, model: Any, label: str, title: str, stages: Stages) -> list[Divergence]:
+        """A model against the reference on every text."""
+        stream = LogitStream(model, label)
+        found = []
+        for cut, reference in zip(self.cuts, self.references, strict=True):
+            with stages.stage(f"{title} on {cut.text.name}", len(cut.ids)) as advance:
+                found.append(compare(reference, stream, advance))
+        return found
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What all judges found, one after the other: lists of equal length, None where something was not measured.
+
+    Attributes:
+        measured: of the candidate.
+        rounded: of the candidate with int8 activations.
+        floors: of the float model in another dtype.
+        kernels: layers of the candidate per kernel.
+    """
+
+    measured: list[Any]
+    rounded: list[Any]
+    floors: list[Any]
+    kernels: dict[str, int]
+
+
+def accuracy(job: Job, judges: Sequence[Judge], noise_floor: bool, int8_activations: bool) -> Findings:
+    """The candidate, it with int8 activations, and the noise floor, before every judge."""
     with job.stages.stage("load float model"):
-        stream = LogitStream(job.reference.model or job.reference.load(job.dtype, job.device), "the reference")
-    references: list[Reference] = []
-    for cut in job.cuts:
-        with job.stages.stage(f"float model on {cut.text.name}", len(cut.ids)) as advance:
-            references.append(run_reference(stream, cut.ids, advance))
-    nothing: list[None] = [None] * len(references)
+        reference = job.reference.model or job.reference.load(job.dtype, job.device)
+    for judge in judges:
+        judge.meet(reference, job.stages)
     with job.stages.stage("load quantized model"):
         model = job.candidate.model or job.candidate.load(job.dtype, job.device)
         if job.forces is not None and not _runs_our_kernels(model):
@@ -71,34 +113,27 @@ def accuracy(
                 f"{job.forces} was asked for, but {job.candidate.label} has no layer of hf-quant.",
                 "drop that, or evaluate a checkpoint made by hf-quant.",
             )
-    measured = _against(job, references, model, "the candidate", "quantized model")
+    measured = _against(job, judges, model, "the candidate", "quantized model")
     ran = kernels(model)
-    rounded: Maybe = nothing
+    rounded: list[Any] = [None] * len(measured)
+    floors = list(rounded)
     # a model in memory is left as it is: its owner has chosen how it runs
     if int8_activations and job.activations == registry.FLOAT and job.candidate.model is None:
         with environment_of(registry.ACTIVATIONS_VARIABLE, registry.INT8):
             if _takes_int8(model, job.dtype):
-                rounded = _against(job, references, model, "the candidate", "with int8 activations")
+                rounded = _against(job, judges, model, "the candidate", "with int8 activations")
     del model
     gc.collect()  # transformers' models hold reference cycles; the next one would come on top
-    if not noise_floor:
-        return measured, rounded, nothing, ran
-    title = f"noise floor ({name_of(job.floor_dtype)})"
-    fresh = Origin(job.reference.label, job.reference.directory, None, job.reference.trust_remote_code)
-    with job.stages.stage(f"load {title}"):
-        model = fresh.load(job.floor_dtype, job.device)
-    floors = _against(job, references, model, f"the reference in {name_of(job.floor_dtype)}", title)
-    return measured, rounded, floors, ran
+    if noise_floor:
+        title = f"noise floor ({name_of(job.floor_dtype)})"
+        with job.stages.stage(f"load {title}"):
+            model = replace(job.reference, model=None).load(job.floor_dtype, job.device)
+        floors = _against(job, judges, model, f"the reference in {name_of(job.floor_dtype)}", title)
+    return Findings(measured, rounded, floors, ran)
 
 
-def _against(job: Job, references: list[Reference], model: Any, label: str, title: str) -> list[Divergence]:
-    """A model against the reference on every text."""
-    stream = LogitStream(model, label)
-    found = []
-    for cut, reference in zip(job.cuts, references, strict=True):
-        with job.stages.stage(f"{title} on {cut.text.name}", len(cut.ids)) as advance:
-            found.append(compare(reference, stream, advance))
-    return found
+def _against(job: Job, judges: Sequence[Judge], model: Any, label: str, title: str) -> list[Any]:
+    return [found for judge in judges for found in judge.against(model, label, title, job.stages)]
 
 
 def _takes_int8(model: Any, dtype: torch.dtype) -> bool:

@@ -131,15 +131,26 @@ def _scores(
     expected: torch.Tensor, actual: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """KL, both losses and agreement per position from float32 logits ``[n, vocabulary]`` and targets ``[n]``."""
+    kl, agree, log_p, log_q = compare_logits(expected, actual)
+    index = targets.unsqueeze(-1)
+    return kl, -log_p.gather(-1, index).squeeze(-1), -log_q.gather(-1, index).squeeze(-1), agree
+
+
+def compare_logits(
+    expected: torch.Tensor, actual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two models' float32 logits ``[..., classes]``, position by position.
+
+    Returns:
+        KL(expected || actual) in nats ``[...]``, whether both have the same largest logit (bool ``[...]``), and both
+        log-probabilities ``[..., classes]``.
+    """
     agree = expected.argmax(dim=-1) == actual.argmax(dim=-1)
     log_p = torch.log_softmax(expected, dim=-1)
     log_q = torch.log_softmax(actual, dim=-1)
-    index = targets.unsqueeze(-1)
-    nll_p = -log_p.gather(-1, index).squeeze(-1)
-    nll_q = -log_q.gather(-1, index).squeeze(-1)
     impossible = torch.isneginf(log_p)  # a masked vocabulary entry: p log p is 0, not NaN
-    terms = (log_p - log_q).mul_(log_p.exp_())
+    terms = (log_p - log_q).mul_(log_p.exp())
     if impossible.any():
         terms.masked_fill_(impossible, 0.0)
     # Rounding can leave a sum a hair below zero where both models agree to the last bit or nearly so.
-    return terms.sum(dim=-1).clamp_(min=0.0), nll_p, nll_q, agree
+    return terms.sum(dim=-1).clamp_(min=0.0), agree, log_p, log_q

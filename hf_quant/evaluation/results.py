@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hf_quant.checkpoint.contents import RESULTS_FILE as RESULTS_FILE
 from hf_quant.errors import EvaluationError
+from hf_quant.evaluation.task_results import TaskRun
 
 
 class _Strict(BaseModel):
@@ -82,6 +83,64 @@ class TextResult(_Strict):
     int8_activations: RoundedActivations | None = None
 
 
+class Figure(_Strict):
+    """One figure of a quantized model against the float one, on one set of samples.
+
+    Attributes:
+        name: ``kl``, ``top1_agreement``, ``embedding_distance``, ...
+        title: what it is, for people.
+        unit: ``share`` (0 to 1), ``nats``, ``percent``, or ``number``.
+        value: of the quantized model; the interval is a bootstrap over samples.
+        noise_floor: of the float model in ``SampleResult.noise_floor_dtype`` against itself.
+        int8_activations: of the quantized model with its activations rounded to int8; None where that changes nothing.
+    """
+
+    name: str
+    title: str
+    unit: Literal["share", "nats", "percent", "number"]
+    value: Interval
+    noise_floor: Interval | None = None
+    int8_activations: Interval | None = None
+
+
+class SampleResult(_Strict):
+    """Float against quantized on one set of samples, for models and inputs other than text that is continued.
+
+    Attributes:
+        name: of the text or folder; ``synthetic images`` and ``synthetic sounds`` are made by hf-quant itself.
+        source: where the samples came from.
+        sha256: of the samples as the model reads them.
+        samples: how many; ``unit`` says of what: ``passages``, ``images``, ``clips``.
+        tokens: read from the text, or compared in the answers; 0 where there are none.
+        synthetic: the samples are no recordings of anything: the figures compare models, they say little about use.
+        notes: what has to be known about how it was measured, such as the pooling.
+    """
+
+    name: str
+    source: str
+    sha256: str
+    samples: int
+    unit: str
+    tokens: int = 0
+    synthetic: bool = False
+    noise_floor_dtype: str | None = None
+    figures: tuple[Figure, ...]
+    notes: tuple[str, ...] = ()
+
+    def figure(self, name: str) -> Figure | None:
+        """The figure of that name; None where it was not measured."""
+        return next((figure for figure in self.figures if figure.name == name), None)
+
+    def rows(self) -> list[tuple[str, list[Interval | None]]]:
+        """(model, its figures in their order): the quantized model, and what was measured beside it."""
+        found: list[tuple[str, list[Interval | None]]] = [
+            ("quantized", [figure.value for figure in self.figures]),
+            ("quantized, int8 activations", [figure.int8_activations for figure in self.figures]),
+            (f"noise floor: float in {self.noise_floor_dtype}", [figure.noise_floor for figure in self.figures]),
+        ]
+        return [row for row in found if any(value is not None for value in row[1])]
+
+
 class SizeResult(_Strict):
     """Bytes: files of weights on disk; tensors in memory when loaded in ``memory_dtype``; bits per quantized weight.
 
@@ -112,6 +171,23 @@ class SpeedResult(_Strict):
     repeats: int
 
 
+class ThroughputResult(_Strict):
+    """Median of repeated passes at batch 1 over the same samples, both models in turns in one process.
+
+    ``unit`` says what is counted (as in :class:`SampleResult`); one forward pass each, nothing is generated.
+    """
+
+    model: Literal["float", "quantized"]
+    dtype: str
+    kernels: dict[str, int]
+    threads: int
+    load_seconds: float
+    unit: str
+    samples: int
+    samples_per_second: float
+    repeats: int
+
+
 class Environment(_Strict):
     """Where and with what the figures were taken."""
 
@@ -132,9 +208,14 @@ class EvaluationResult(_Strict):
         candidate_digest: of the candidate's manifest when it was made by hf-quant (its files were checked against it).
         reference_dtype: what the float model ran in when accuracy was measured.
         reference_stored_dtype: what its files hold (``float_disk_bytes`` depends on it).
+        task: the Hub's name of what the model does, such as ``text-generation``; None where it was not recorded.
+        texts: of models that continue text.
+        samples: of everything else: encoders, encoder-decoders, images, sound.
+        throughput: in place of ``speed`` where no text is continued.
         accuracy_kernels: layers per kernel of the candidate when accuracy was measured, with what it did with the
             activations where it has a choice; at another dtype than that of ``speed`` other kernels may run.
         command: how to get these results again.
+        tasks: benchmark tasks, each run with its own settings and command.
     """
 
     schema_version: Literal[1] = 1
@@ -145,13 +226,17 @@ class EvaluationResult(_Strict):
     reference_revision: str | None
     reference_dtype: str
     reference_stored_dtype: str | None = None
+    task: str | None = None
     protocol: Protocol
     texts: tuple[TextResult, ...]
+    samples: tuple[SampleResult, ...] = ()
     size: SizeResult
     accuracy_kernels: dict[str, int] | None = None
     speed: tuple[SpeedResult, ...]
+    throughput: tuple[ThroughputResult, ...] = ()
     environment: Environment
     command: str | None
+    tasks: tuple[TaskRun, ...] = ()
 
     @classmethod
     def read(cls, path: Path | str) -> EvaluationResult:

@@ -18,6 +18,7 @@ from hf_quant.evaluation import environment
 from hf_quant.evaluation.accuracy import AUTO_KERNEL, Job, accuracy, environment_of, forces, name_of
 from hf_quant.evaluation.bootstrap import Bootstrap
 from hf_quant.evaluation.divergence import Divergence
+from hf_quant.evaluation.judges import Panel, Request, make_panel
 from hf_quant.evaluation.progress import Stages
 from hf_quant.evaluation.results import (
     RESULTS_FILE,
@@ -28,11 +29,12 @@ from hf_quant.evaluation.results import (
     SizeResult,
     SpeedResult,
     TextResult,
+    ThroughputResult,
 )
 from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes
-from hf_quant.evaluation.sources import Origin, Source, load_tokenizer, opened, quiet_loading, timed_load
-from hf_quant.evaluation.speed import Subject, measure
-from hf_quant.evaluation.text import BUILT_IN, Text, Windows, cut_windows, load_text
+from hf_quant.evaluation.sources import Origin, Source, opened, quiet_loading, timed_load
+from hf_quant.evaluation.speed import Subject, measure, measure_passes
+from hf_quant.evaluation.text import Text, Windows
 from hf_quant.kernels import registry
 
 BOOTSTRAP_SAMPLES = 10_000
@@ -43,9 +45,11 @@ def evaluate(
     reference: Source,
     *,
     tokenizer: Any = None,
-    texts: Sequence[str | Path | Text] = BUILT_IN,
-    windows: int = 16,
-    length: int = 512,
+    processor: Any = None,
+    texts: Sequence[str | Path | Text] | None = None,
+    media: str | Path | None = None,
+    windows: int | None = None,
+    length: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -67,14 +71,22 @@ def evaluate(
     its 16-bit self (the noise floor). Besides them there are the hidden states of the windows and a few chunks of
     logits, whatever the vocabulary. Then both models are loaded afresh in 16 bits for memory and speed.
 
+    What accuracy means depends on what the model is for (:mod:`hf_quant.evaluation.kinds`): perplexity and KL for
+    those that continue text; embeddings, classes, captions, or answers for the others.
+
     Args:
         candidate: a directory or Hub id that transformers can load (ours or any other format), or a model in memory.
         reference: the float model, likewise. A model in memory is also saved to a temporary directory, because its
             size, its load time and the noise floor need files.
         tokenizer: default: the reference's, else the candidate's.
-        texts: ``docs``, ``prose``, text files, ``hub:name[@config][:split[:column]]``, or :class:`Text`.
-        windows: windows per text, at least 2.
-        length: tokens per window.
+        processor: of images or sound, likewise.
+        texts: ``docs``, ``prose``, text files, ``hub:name[@config][:split[:column]]``, or :class:`Text`; default: both
+            built-in ones, for models that read text.
+        media: ``images:DIR`` or ``audio:DIR``, for models that read those; default: synthetic ones, which the results
+            call that.
+        windows: windows per text, images or clips; at least 2. Default 16, of encoders, classifiers and models of
+            images 128.
+        length: tokens per window; default 512, of encoder-decoders 256, of encoders 128.
         dtype: of both models during the accuracy pass; default float32, or the dtype of a reference in memory.
         device: default ``cpu``.
         seed: of the choice of windows and of the bootstrap.
@@ -91,8 +103,9 @@ def evaluate(
         command: recorded in the results: how to get them again.
 
     Raises:
-        EvaluationError: no causal language models, models that do not match, texts that are missing or too short,
-            logits that are not numbers.
+        EvaluationError: a kind of model without a measure, models that do not match, texts that are missing or too
+            short, logits that are not numbers.
+        CalibrationError: a folder of images or sound that is missing, or a file in it that cannot be read.
         CheckpointError: a candidate of ours whose files are not those of its manifest, or damaged files.
         KernelError: the kernel that was asked for cannot run.
         DependencyError: a package that a format or a Hub dataset needs is not installed.
@@ -101,9 +114,13 @@ def evaluate(
     asked = forces(kernel, activations)
     if asked is not None and isinstance(candidate, PreTrainedModel):
         raise EvaluationError(f"{asked} for a model in memory.", "load it with that, or pass a directory.")
-    loaded = [text if isinstance(text, Text) else load_text(text) for text in texts]
-    _check_names(loaded)
-    bootstrap = Bootstrap(windows, bootstrap_samples, seed)
+    for name, value, least in (
+        ("windows", windows, 2),
+        ("length", length, 2),
+        ("bootstrap_samples", bootstrap_samples, 1),
+    ):
+        if value is not None and value < least:
+            raise EvaluationError(f"{name}={value} gives no confidence interval.", f"use at least {least}.")
     with ExitStack() as stack:
         stages = stack.enter_context(Stages(progress))
         stack.enter_context(quiet_loading())
@@ -115,26 +132,28 @@ def evaluate(
             opened(reference, "reference", trust_remote_code=trust_remote_code, revision=reference_revision)
         )
         origin = stack.enter_context(opened(candidate, "candidate", trust_remote_code=trust_remote_code))
-        bits = bits_per_weight(origin.directory, float_origin.directory)
         digest = _digest(origin, progress)
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(float_origin, origin)
-        with stages.stage("cut windows of text"):
-            cuts = tuple(cut_windows(text, tokenizer, windows, length, seed) for text in loaded)
+        with stages.stage("prepare samples"):
+            request = Request(texts, media, windows, length, seed, tokenizer, processor)
+            panel = make_panel(request, float_origin, origin)
+        bits = bits_per_weight(origin.directory, float_origin.directory)
         stored = _stored_dtype(float_origin)
         narrow = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
         job = Job(
             stages,
             origin,
             float_origin,
-            cuts,
             _protocol_dtype(dtype, float_origin, origin),
             narrow,
             device or "cpu",
             kernel,
             activations,
         )
-        measured, rounded, floors, ran = accuracy(job, noise_floor, int8_activations)
-        sizes, speeds = _footprint(job, bits, repeats if speed else 0)
+        found = accuracy(job, panel.judges, noise_floor, int8_activations)
+        sizes, speeds, throughputs = _footprint(job, panel, bits, repeats if speed else 0)
+    findings = list(zip(found.measured, found.rounded, found.floors, strict=True))
+    texts_found, samples_found = findings[: len(panel.cuts)], findings[len(panel.cuts) :]
+    bootstrap = Bootstrap(panel.windows, bootstrap_samples, seed)
     return EvaluationResult(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         candidate=origin.label,
@@ -143,21 +162,27 @@ def evaluate(
         reference_revision=reference_revision,
         reference_dtype=name_of(job.dtype),
         reference_stored_dtype=name_of(stored),
+        task=float_origin.kind.task,
         protocol=Protocol(
-            windows=windows,
-            length=length,
+            windows=panel.windows,
+            length=panel.length,
             dtype=name_of(job.dtype),
             device=job.device,
             seed=seed,
             bootstrap_samples=bootstrap_samples,
         ),
         texts=tuple(
-            _text_result(cut, found, int8, floor, job.floor_dtype, bootstrap)
-            for cut, found, int8, floor in zip(cuts, measured, rounded, floors, strict=True)
+            _text_result(cut, *finding, job.floor_dtype, bootstrap)
+            for cut, finding in zip(panel.cuts, texts_found, strict=True)
+        ),
+        samples=tuple(
+            examiner.result(*finding, name_of(job.floor_dtype), bootstrap_samples, seed)
+            for examiner, finding in zip(panel.examiners, samples_found, strict=True)
         ),
         size=sizes,
-        accuracy_kernels=ran,
+        accuracy_kernels=found.kernels,
         speed=speeds,
+        throughput=throughputs,
         environment=environment.describe(),
         command=command,
     )
@@ -182,7 +207,9 @@ def write_results(directory: Path | str, result: EvaluationResult) -> Path:
     return path
 
 
-def _footprint(job: Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[SpeedResult, ...]]:
+def _footprint(
+    job: Job, panel: Panel, bits: float, repeats: int
+) -> tuple[SizeResult, tuple[SpeedResult, ...], tuple[ThroughputResult, ...]]:
     """Bytes and speed of both models in 16 bits, loaded afresh; with ``repeats=0`` no speed."""
     gc.collect()
     subjects = []
@@ -198,9 +225,15 @@ def _footprint(job: Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[S
             memory.append(memory_bytes(model))
         del model
     speeds: tuple[SpeedResult, ...] = ()
+    throughputs: tuple[ThroughputResult, ...] = ()
     if repeats:
         with job.stages.stage("speed, in turns", len(subjects) * (repeats + 1)) as advance:
-            speeds = measure(subjects, job.cuts[0].ids.flatten(), repeats=repeats, advance=advance)
+            if panel.cuts:
+                speeds = measure(subjects, panel.cuts[0].ids.flatten(), repeats=repeats, advance=advance)
+            else:
+                first = panel.examiners[0]
+                inputs = [case.inputs for case in first.cases]
+                throughputs = measure_passes(subjects, inputs, first.samples.unit, repeats=repeats, advance=advance)
         memory = [memory_bytes(subject.model) for subject in subjects]  # after a run, so with what kernels prepared
     return (
         SizeResult(
@@ -212,6 +245,7 @@ def _footprint(job: Job, bits: float, repeats: int) -> tuple[SizeResult, tuple[S
             bits_per_weight=bits,
         ),
         speeds,
+        throughputs,
     )
 
 
@@ -253,15 +287,6 @@ def _text_result(
         noise_floor=noise,
         int8_activations=rounded,
     )
-
-
-def _check_names(texts: Sequence[Text]) -> None:
-    if not texts:
-        raise EvaluationError("there is no text to measure on.", f"give at least one, such as {BUILT_IN[0]}.")
-    names = [text.name for text in texts]
-    for name in names:
-        if names.count(name) > 1:
-            raise EvaluationError(f"two texts are called {name!r}.", "rename one of the files.")
 
 
 def _protocol_dtype(asked: torch.dtype | None, reference: Origin, candidate: Origin) -> torch.dtype:

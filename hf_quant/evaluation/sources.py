@@ -1,4 +1,4 @@
-"""Opening what is compared: a directory, a Hub id or a model in memory; only whole causal language models."""
+"""Opening what is compared: a directory, a Hub id or a model in memory; only whole models, of a kind with a measure."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from hf_quant.errors import DependencyError, EvaluationError, HfQuantError, OutputError
+from hf_quant.evaluation.kinds import Kind, kind_of
 
 Source: TypeAlias = "str | Path | PreTrainedModel"
-_SUPPORTED = "evaluate supports causal language models (AutoModelForCausalLM); other heads are not measured."
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,20 @@ class Origin:
         directory: a local directory with its config and weights.
         model: the model itself when it was given in memory.
         trust_remote_code: its code may run.
+        kind: what it is for, and so how it is loaded and measured.
     """
 
     label: str
     directory: Path
     model: PreTrainedModel | None
     trust_remote_code: bool
+    kind: Kind
+
+    @property
+    def places(self) -> list[Path]:
+        """Directories that can hold its tokenizer and the like: of a model in memory also the one it came from."""
+        named = self.model.config._name_or_path if self.model is not None else ""
+        return [self.directory, *([Path(named)] if named else [])]
 
     def load(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
         """A fresh copy from the files, in eval mode.
@@ -48,7 +56,7 @@ class Origin:
         """
         options: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = getattr(transformers, self.kind.auto_class).from_pretrained(
                 str(self.directory),
                 dtype=dtype,
                 trust_remote_code=self.trust_remote_code,
@@ -87,7 +95,7 @@ def opened(
         revision: of a Hub id.
 
     Raises:
-        EvaluationError: nothing is there, or it is no causal language model.
+        EvaluationError: nothing is there, or it is of a kind without a measure.
         OutputError: no space for the temporary copy.
     """
     if isinstance(source, PreTrainedModel):
@@ -102,8 +110,8 @@ def opened(
                     "set TMPDIR to a larger disk, or pass a directory instead of a model.",
                 ) from error
             label = Path(source.config._name_or_path or type(source).__name__).name
-            _check_causal(source.config, label, already_built=True)
-            yield Origin(label, Path(folder), source, trust_remote_code)
+            kind = _measurable(source.config, label, type(source).__name__)
+            yield Origin(label, Path(folder), source, trust_remote_code, kind)
         return
     directory = Path(source)
     if directory.is_dir():
@@ -120,26 +128,31 @@ def opened(
             f"the {role} {label} has no config that transformers can read: {error}.",
             "give the directory of a model (with config.json).",
         ) from error
-    _check_causal(config, label)
-    yield Origin(label, directory, None, trust_remote_code)
+    architectures = getattr(config, "architectures", None) or [""]
+    yield Origin(label, directory, None, trust_remote_code, _measurable(config, label, architectures[0]))
 
 
 def load_tokenizer(reference: Origin, candidate: Origin) -> Any:
     """The reference's tokenizer, or the candidate's where the reference has none; raises EvaluationError."""
+    return load_beside(AutoTokenizer, "tokenizer", reference, candidate)
+
+
+def load_beside(auto_class: Any, what: str, *origins: Origin) -> Any:
+    """What lies beside a model, of the first that has it: a tokenizer, an image processor, a feature extractor.
+
+    Raises:
+        EvaluationError: none of them has one that loads.
+    """
     problems = []
-    for origin in (reference, candidate):
-        # A model in memory was saved without its tokenizer; the directory it came from may still have one.
-        places = [origin.directory]
-        if origin.model is not None and origin.model.config._name_or_path:
-            places.append(Path(origin.model.config._name_or_path))
-        for place in places:
+    for origin in origins:
+        for place in origin.places:
             try:
-                return AutoTokenizer.from_pretrained(str(place), trust_remote_code=origin.trust_remote_code)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problems.append(f"{origin.label}: {str(error).splitlines()[0]}")
+                return auto_class.from_pretrained(str(place), trust_remote_code=origin.trust_remote_code)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+                problems.append(f"{origin.label}: {str(error).strip().splitlines()[0]}")
     raise EvaluationError(
-        f"neither model has a tokenizer that loads ({'; '.join(problems)}).",
-        "pass tokenizer=..., or save the tokenizer beside the model.",
+        f"neither model has a {what} that loads ({'; '.join(problems)}).",
+        f"pass {what.split()[-1]}=..., or save the {what} beside the model.",
     )
 
 
@@ -190,40 +203,13 @@ def _snapshot(name: str, role: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_causal(config: Any, label: str, already_built: bool = False) -> None:
-    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
-    architectures = list(getattr(config, "architectures", None) or ())
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    bidirectional = config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)
-    if config.is_encoder_decoder:
-        raise EvaluationError(f"{label} is an encoder-decoder ({config.model_type}).", _SUPPORTED)
-    if bidirectional or not (remote or known.intersection(architectures) or (already_built and not architectures)):
-        what = ", ".join(architectures) or config.model_type
-        raise EvaluationError(f"{label} ({what}) is no causal language model.", _SUPPORTED)
-
-
-def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-# Encoders that transformers also offers as decoders (``is_decoder=True``); as they are trained, they see the future.
-_ENCODERS = frozenset(
-    {
-        "bert",
-        "bert-generation",
-        "big_bird",
-        "camembert",
-        "data2vec-text",
-        "electra",
-        "ernie",
-        "megatron-bert",
-        "rembert",
-        "roberta",
-        "roberta-prelayernorm",
-        "roc_bert",
-        "roformer",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    }
-)
+def _measurable(config: Any, label: str, architecture: str) -> Kind:
+    """The kind of a model, if there is a measure for it; raises EvaluationError."""
+    kind = kind_of(architecture, config)
+    if kind.measure is None:
+        raise EvaluationError(
+            f"there is no measure for {label} ({architecture or config.model_type}).",
+            "evaluate a model that continues text, an encoder, an encoder-decoder of text or speech, a classifier, or "
+            "a model of images and captions.",
+        )
+    return kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,11 +14,13 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.pytorch_utils import Conv1D
 
-from hf_quant.evaluation.results import SpeedResult
+from hf_quant.evaluation.examination import placed
+from hf_quant.evaluation.results import SpeedResult, ThroughputResult
 from hf_quant.evaluation.sources import synchronize
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 64
+PASSES = 32
 _PROMPT_TOKENS = 16
 
 
@@ -31,6 +33,7 @@ class Subject:
     load_seconds: float
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -84,11 +87,7 @@ def measure(
                 advance()
     return tuple(
         SpeedResult(
-            model=subject.role,
-            dtype=str(subject.model.dtype).removeprefix("torch."),
-            kernels=kernels(subject.model),
-            threads=torch.get_num_threads(),
-            load_seconds=subject.load_seconds,
+            **_described(subject),
             prefill_tokens=prefill_ids.shape[1],
             prefill_tokens_per_second=statistics.median(subject.prefill),
             decode_tokens=decode_tokens,
@@ -97,6 +96,62 @@ def measure(
         )
         for subject in subjects
     )
+
+
+def measure_passes(
+    subjects: list[Subject],
+    inputs: Sequence[Mapping[str, torch.Tensor]],
+    unit: str,
+    *,
+    repeats: int = 3,
+    advance: Callable[[], None] | None = None,
+) -> tuple[ThroughputResult, ...]:
+    """Median samples per second of plain forward passes at batch 1, for models that continue no text.
+
+    In turns as in :func:`measure`.
+
+    Args:
+        subjects: the models.
+        inputs: keyword arguments of their forward, one sample each; at most ``PASSES`` are used.
+        unit: what a sample is called.
+        repeats: timed rounds per model, after one to warm up.
+        advance: called after each model's turn.
+    """
+    inputs = inputs[:PASSES]
+    for turn in range(repeats + 1):
+        for subject in subjects:
+            ready = [placed(one, subject.model) for one in inputs]
+            synchronize(str(subject.device))
+            start = time.perf_counter()
+            with torch.no_grad():
+                for one in ready:
+                    subject.model(**one)
+            synchronize(str(subject.device))
+            if turn:
+                subject.passes.append(len(ready) / (time.perf_counter() - start))
+            if advance is not None:
+                advance()
+    return tuple(
+        ThroughputResult(
+            **_described(subject),
+            unit=unit,
+            samples=len(inputs),
+            samples_per_second=statistics.median(subject.passes),
+            repeats=repeats,
+        )
+        for subject in subjects
+    )
+
+
+def _described(subject: Subject) -> dict[str, Any]:
+    """What every result says of a subject."""
+    return {
+        "model": subject.role,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "kernels": kernels(subject.model),
+        "threads": torch.get_num_threads(),
+        "load_seconds": subject.load_seconds,
+    }
 
 
 def kernels(model: nn.Module) -> dict[str, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text as RichText
 
-from hf_quant.evaluation.results import EvaluationResult, Figures, Interval, SpeedResult
+from hf_quant.evaluation.results import EvaluationResult, Figures, Interval, SpeedResult, ThroughputResult
 
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
@@ -14,10 +16,8 @@ _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 def render(result: EvaluationResult) -> Group:
     """Accuracy, size and speed as rich tables under one heading."""
     protocol = result.protocol
-    heading = RichText(
-        f"{result.candidate} against {result.reference}: {protocol.windows} windows of {protocol.length} tokens per "
-        f"text, {protocol.dtype}, 95 % intervals"
-    )
+    windows = f"{protocol.windows} windows of {protocol.length} tokens per text, " if protocol.length else ""
+    heading = RichText(f"{result.candidate} against {result.reference}: {windows}{protocol.dtype}, 95 % intervals")
     parts: list[RichText | Table] = [heading]
     for title, header, rows in _tables(result):
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -44,6 +44,52 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _tables(result: EvaluationResult) -> list[tuple[str, list[str], list[list[str]]]]:
+    tables = [("Accuracy", *_texts(result))] if result.texts else []
+    tables += _samples(result)
+    tables.append(("Size", *_size(result)))
+    if result.speed:
+        tables.append(("Speed", *_speed(result.speed)))
+    if result.throughput:
+        tables.append(("Speed", *_throughput(result.throughput)))
+    return tables
+
+
+def _samples(result: EvaluationResult) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table for every group of samples that have the same figures."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for samples in result.samples:
+        rows = tables.setdefault(tuple(figure.title for figure in samples.figures), [])
+        name = f"{samples.name} ({samples.samples} {samples.unit})"
+        for label, values in samples.rows():
+            shown = [_figure(figure.unit, value) for figure, value in zip(samples.figures, values, strict=True)]
+            rows.append([name, label, *shown])
+            name = ""
+    return [("Accuracy", ["samples", "model", *titles], rows) for titles, rows in tables.items()]
+
+
+def _figure(unit: str, interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    if unit == "share":
+        return _interval(interval, 2, 100) + " %"
+    if unit == "percent":
+        return _interval(interval, 2) + " %"
+    return f"{interval.value:.3g} ({interval.low:.3g} – {interval.high:.3g})"
+
+
+def _throughput(runs: tuple[ThroughputResult, ...]) -> tuple[list[str], list[list[str]]]:
+    header = [f"{runs[0].threads} threads", "dtype", "load s", f"{runs[0].unit} per second", "kernels (layers)"]
+    return header, [
+        [run.model, run.dtype, f"{run.load_seconds:.2f}", f"{run.samples_per_second:.1f}", _kernels(run.kernels)]
+        for run in runs
+    ]
+
+
+def _kernels(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+def _texts(result: EvaluationResult) -> tuple[list[str], list[list[str]]]:
     header = ["text", "model", "perplexity", "increase", "KL (nats/token)", "KL p99", "top-1 agreement"]
     rows = []
     for text in result.texts:
@@ -68,10 +114,7 @@ def _tables(result: EvaluationResult) -> list[tuple[str, list[str], list[list[st
             if found is not None:
                 agreement = _interval(found.top1_agreement, 2, 100) + " %"
                 rows.append(["", label, _interval(found.perplexity, 2), "", _interval(found.kl, 4), "", agreement])
-    tables = [("Accuracy", header, rows), ("Size", *_size(result))]
-    if result.speed:
-        tables.append(("Speed", *_speed(result.speed)))
-    return tables
+    return header, rows
 
 
 def _size(result: EvaluationResult) -> tuple[list[str], list[list[str]]]:
@@ -112,7 +155,7 @@ def _speed(speeds: tuple[SpeedResult, ...]) -> tuple[list[str], list[list[str]]]
             f"{run.load_seconds:.2f}",
             f"{run.prefill_tokens_per_second:,.0f}",
             f"{run.decode_tokens_per_second:.1f}",
-            ", ".join(f"{name} ({count})" for name, count in run.kernels.items()),
+            _kernels(run.kernels),
         ]
         for run in speeds
     ]

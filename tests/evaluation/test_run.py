@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertForQuestionAnswering, T5Config, T5Model
 
 from hf_quant.errors import CheckpointError, EvaluationError
 from hf_quant.evaluation import EvaluationResult, Text, evaluate, evaluate_directory, write_results
@@ -137,19 +137,22 @@ def test_tables_show_every_figure(result):
     assert {line.count("|") for line in rows[:8]} == {8}
 
 
-def test_encoders_and_encoder_decoders_are_refused(tmp_path, tiny_tokenizer):
+def test_kinds_without_a_measure_are_refused(coarse, tmp_path, tiny_llama):
     shape = {"vocab_size": 384, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    encoder = BertForMaskedLM(BertConfig(**shape, num_attention_heads=2))
-    encoder.save_pretrained(tmp_path / "bert")
-    T5ForConditionalGeneration(
-        T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    ).save_pretrained(tmp_path / "t5")
-    for name, what in (("bert", "no causal language model"), ("t5", "encoder-decoder")):
-        with pytest.raises(EvaluationError, match=what) as caught:
-            evaluate(tmp_path / name, tmp_path / name, **QUICK)
-        assert "causal language models" in caught.value.fix
-    with pytest.raises(EvaluationError, match="no causal language model"):
-        evaluate(encoder, encoder, tokenizer=tiny_tokenizer, **QUICK)
+    asked = BertForQuestionAnswering(BertConfig(**shape, num_attention_heads=2))
+    asked.save_pretrained(tmp_path / "bert")
+    T5Model(T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path / "t5"
+    )
+    for model in (tmp_path / "bert", tmp_path / "t5", asked):
+        with pytest.raises(EvaluationError, match="there is no measure for") as caught:
+            evaluate(model, model, **QUICK)
+        assert "an encoder" in caught.value.fix
+    BertForMaskedLM(BertConfig(**shape, num_attention_heads=2)).save_pretrained(tmp_path / "masked")
+    with pytest.raises(EvaluationError, match="is loaded by AutoModelForMaskedLM"):
+        evaluate(tmp_path / "masked", tiny_llama, **QUICK)
+    with pytest.raises(EvaluationError, match=r"'images:\.' is of no use to it"):
+        evaluate(coarse, tiny_llama, media="images:.", **QUICK)
 
 
 def test_incomplete_candidates_are_refused(coarse, tiny_llama, tmp_path):
@@ -182,7 +185,7 @@ def test_bad_requests_name_the_offender(coarse, tiny_llama, tiny_checkpoint, tmp
     refused("no text to measure on", texts=[])
     refused("two texts are called 'prose'", texts=["prose", "prose"])
     refused("windows of 4096 fit", length=4096, windows=100)
-    refused("1 window gives", windows=1)
+    refused("windows=1 gives", windows=1)
     refused("no layer of hf-quant", kernel="reference")
     model = AutoModelForCausalLM.from_pretrained(coarse, dtype=torch.bfloat16)
     refused("candidate is in bfloat16", model, tiny_llama)

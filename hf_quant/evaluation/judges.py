@@ -1,0 +1,217 @@
+"""What each kind of model is measured on, and by whom: the one place where kinds of models part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
+
+from hf_quant.calibration.needs import Needs, find_needs
+from hf_quant.errors import EvaluationError, HfQuantError
+from hf_quant.evaluation.accuracy import Judge, WindowJudge
+from hf_quant.evaluation.answers import Answers
+from hf_quant.evaluation.classifiers import Classes, Pairs, caption_inputs
+from hf_quant.evaluation.encoders import Masked, Pooling, States
+from hf_quant.evaluation.examination import Examination, Examiner
+from hf_quant.evaluation.kinds import Kind, Measure
+from hf_quant.evaluation.samples import Samples, media, passages
+from hf_quant.evaluation.sources import Origin, load_beside, load_tokenizer
+from hf_quant.evaluation.text import BUILT_IN, Text, Windows, cut_windows, load_text
+
+logger = logging.getLogger(__name__)
+
+QUESTION = "Describe the image."
+# (windows, tokens) where nothing is asked for; windows are images or clips where there are no tokens.
+_SIZES: dict[Measure, tuple[int, int]] = {"causal": (16, 512), "text-to-text": (16, 256), "speech": (16, 0)}
+_SIZE = (128, 128)
+_SEEN_IMAGES = 8  # of models that describe them
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller of ``evaluate`` asks to be measured on; None is the default of the kind of model."""
+
+    texts: Sequence[str | Path | Text] | None
+    media: str | Path | None
+    windows: int | None
+    length: int | None
+    seed: int
+    tokenizer: Any
+    processor: Any
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The judges of one evaluation.
+
+    Attributes:
+        windows, length: per text or set of samples.
+        cuts: windows of text, for models that continue it.
+        examiners: everything else.
+    """
+
+    windows: int
+    length: int
+    cuts: tuple[Windows, ...] = ()
+    examiners: list[Examiner] = field(default_factory=list)
+
+    @property
+    def judges(self) -> list[Judge]:
+        """All of them; those of windows come first, with one finding per text."""
+        return [*([WindowJudge(self.cuts)] if self.cuts else []), *self.examiners]
+
+
+def make_panel(request: Request, reference: Origin, candidate: Origin) -> Panel:
+    """Find samples and judges for a model.
+
+    Raises:
+        EvaluationError: two models of different kinds, texts or a folder that are missing or too short, or that the
+            model does not read; no tokenizer or processor.
+        CalibrationError, DependencyError: a folder or a file in it that cannot be read.
+    """
+    kind = reference.kind
+    if kind.measure != candidate.kind.measure:
+        raise EvaluationError(
+            f"{candidate.label} is loaded by {candidate.kind.auto_class}, {reference.label} by {kind.auto_class}.",
+            "compare a model with the float model that it was made from.",
+        )
+    needs = find_needs(reference.model, reference.directory)
+    assert kind.measure is not None
+    windows, length = _SIZES.get(kind.measure, _SIZES["causal"] if kind.answers_text else _SIZE)
+    windows, length = request.windows or windows, request.length or length
+    return _Maker(request, reference, candidate, kind, needs, windows, length).panel()
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """The settings of one :func:`make_panel`."""
+
+    request: Request
+    reference: Origin
+    candidate: Origin
+    kind: Kind
+    needs: Needs
+    windows: int
+    length: int
+
+    def panel(self) -> Panel:
+        reads = {"text": "", "image": "images", "audio": "audio"}[self.needs.modality]
+        seen = reads or ("images" if self.kind.measure in ("pairs", "image-text") else "")
+        if self.request.media is not None and not seen:
+            raise EvaluationError(
+                f"{self.reference.label} reads text, {str(self.request.media)!r} is of no use to it.", "give texts."
+            )
+        if self.request.texts is not None and (reads or self.kind.measure == "pairs"):
+            raise EvaluationError(
+                f"{self.reference.label} reads {seen}, not texts.", f"give a folder: {seen}:DIR (media)."
+            )
+        length = 0 if reads or self.kind.measure == "pairs" else self.length
+        if self.kind.answers_text:
+            cuts = tuple(
+                cut_windows(text, self.tokenizer, self.windows, length, self.request.seed) for text in self.texts()
+            )
+            examiners = [] if self.kind.measure == "causal" else self.described()
+            return Panel(self.windows, length, cuts, examiners)
+        if seen:
+            samples = self.media("images" if seen == "images" else "audio", self.reader(seen))
+            return Panel(self.windows, 0, (), [Examiner(samples, self.examination())])
+        length = self.needs.fitting(length, self.tokenizer)
+        found = [
+            passages(text, self.needs, self.tokenizer, count=self.windows, length=length, seed=self.request.seed)
+            for text in self.texts()
+        ]
+        return Panel(self.windows, length, (), [Examiner(samples, self.examination()) for samples in found])
+
+    def texts(self) -> list[Text]:
+        """The texts asked for, each by a name of its own."""
+        asked = BUILT_IN if self.request.texts is None else self.request.texts
+        loaded = [text if isinstance(text, Text) else load_text(text) for text in asked]
+        if not loaded:
+            raise EvaluationError("there is no text to measure on.", f"give at least one, such as {BUILT_IN[0]}.")
+        names = [text.name for text in loaded]
+        for name in names:
+            if names.count(name) > 1:
+                raise EvaluationError(f"two texts are called {name!r}.", "rename one of the files.")
+        return loaded
+
+    def examination(self) -> Examination:
+        """How models of this kind are compared."""
+        seed = self.request.seed
+        if self.kind.measure == "states":
+            return States(Pooling.read(self.reference.directory) if self.needs.modality == "text" else None)
+        if self.kind.measure == "masked":
+            tokenizer = self.tokenizer
+            if tokenizer.mask_token_id is None:
+                raise EvaluationError(f"the tokenizer of {self.reference.label} has no mask token.", "set mask_token.")
+            return Masked(tokenizer.mask_token_id, frozenset(tokenizer.all_special_ids), seed)
+        if self.kind.measure == "pairs":
+            return Pairs(caption_inputs(self.tokenizer))
+        if self.kind.measure == "text-to-text":
+            return Answers(self.needs.start_token, self.tokenizer, own_text=True)
+        if self.kind.measure == "speech":
+            return Answers(self.needs.start_token, self.tokenizer)
+        return Classes()
+
+    def described(self) -> list[Examiner]:
+        """Images that a model answers about; without a folder and a processor none, which the log says."""
+        try:
+            processor = self.part("processor", AutoProcessor, "processor")
+            if getattr(processor, "image_processor", None) is None:
+                raise EvaluationError(f"the processor of {self.reference.label} reads no images.", "pass processor=...")
+        except HfQuantError as error:
+            if self.request.media is not None:
+                raise
+            logger.warning("%s is measured on text alone: %s", self.candidate.label, error)
+            return []
+        prompt = _prompt(processor)
+
+        def read(images: Any, return_tensors: str) -> Any:
+            return processor(images=images, text=prompt, return_tensors=return_tensors)
+
+        samples = self.media("images", read, min(self.windows, _SEEN_IMAGES))
+        return [Examiner(samples, Answers(None, processor.tokenizer))]
+
+    def media(self, kind: Literal["images", "audio"], reader: Callable[..., Any], count: int | None = None) -> Samples:
+        """Samples of the folder, or synthetic ones."""
+        return media(self.request.media, kind, reader, count=count or self.windows, seed=self.request.seed)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The one given, that of the processor given, or the one beside the models."""
+        given = self.request.tokenizer or getattr(self.request.processor, "tokenizer", None)
+        return given if given is not None else load_tokenizer(self.reference, self.candidate)
+
+    def reader(self, seen: str) -> Any:
+        """The image processor or the feature extractor."""
+        if seen == "images":
+            return self.part("image_processor", AutoImageProcessor, "image processor")
+        return self.part("feature_extractor", AutoFeatureExtractor, "feature extractor")
+
+    def part(self, attribute: str, auto_class: Any, what: str) -> Any:
+        """A part of the processor that was given, the processor itself, or one that lies beside the models."""
+        given = self.request.processor
+        if given is not None:
+            return getattr(given, attribute, None) or given
+        return load_beside(auto_class, what, self.reference, self.candidate)
+
+
+def _prompt(processor: Any) -> str:
+    """A question about one image, as the chat template writes it, or after the processor's image token."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        rendered: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return rendered
+    token = getattr(processor, "image_token", None)
+    if not token:
+        raise EvaluationError(
+            f"{type(processor).__name__} has neither a chat template nor an image token.",
+            "save a chat template with it.",
+        )
+    return f"{token}\n{QUESTION}"
