@@ -1,35 +1,27 @@
-"""The card's plots, drawn from measured figures only; opaque, so that they read on light and on dark pages."""
+"""The card's plots, drawn from measured figures only."""
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from hf_quant.card_text import LayerRow, amount, listing, one_line, significant
-from hf_quant.errors import DependencyError
 from hf_quant.evaluation.results import EvaluationResult, TextResult
+from hf_quant.plot_frame import (
+    FAINT,
+    FLOAT,
+    INK,
+    PALETTE,
+    QUANTIZED,
+    Plot,
+    add_legend,
+    finished,
+    new_figure,
+    plain_label,
+)
 from hf_quant.quantize.allocate import Allocation
 
-PAGE = "#f6f7f9"
-INK = "#24292f"
-FAINT = "#d5d9de"
-FLOAT = "#9aa3ad"
-QUANTIZED = "#2f6fb3"
-PALETTE = (QUANTIZED, "#d9822b", "#3c9a5f", "#b0457b", "#7a5bb5", "#8c6d31", "#4aa3b8")
-DPI = 150
 _KINDS = {"Linear": "linear layers", "Conv1D": "linear layers", "Embedding": "embeddings", "Norm": "norms and biases"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot: its name (``plots/NAME.png`` and ``.svg``), what it shows in words, and its files (suffix -> bytes)."""
-
-    name: str
-    caption: str
-    files: dict[str, bytes]
 
 
 def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plot]:
@@ -66,7 +58,7 @@ def draw_budget(
     Raises:
         DependencyError: matplotlib is missing.
     """
-    figure, axes = _figure(3.0)
+    figure, axes = new_figure(3.0)
     # the way from 8 bits to float is long and of little interest
     last = max(9.0, 1.3 * allocation.bits_per_weight, *(1.1 * bits for _, bits, _ in measured))
     curve = [p for p in allocation.curve if p.predicted_kl > 0 and p.bits_per_weight <= last]
@@ -89,7 +81,13 @@ def draw_budget(
     for i, (name, bits, kl) in enumerate(measured):
         color, marker = PALETTE[(i + 2) % len(PALETTE)], "DsvP^X"[i % 6]
         axes.plot(
-            [bits], [kl], marker, color=color, markersize=6.5, linestyle="none", label=_label(name, f"model {i + 1}")
+            [bits],
+            [kl],
+            marker,
+            color=color,
+            markersize=6.5,
+            linestyle="none",
+            label=plain_label(name, f"model {i + 1}"),
         )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -97,8 +95,8 @@ def draw_budget(
     axes.set_xlabel("bits per weight over the linear layers (codes, scales; float counts 16)", fontsize=9)
     axes.set_ylabel("KL(float ‖ quantized), nats per token", fontsize=9)
     axes.grid(color=FAINT, linewidth=0.8)
-    _legend(axes, 3)
-    return _finish(
+    add_legend(axes, 3)
+    return finished(
         figure,
         "budget",
         f"Predicted KL against bits per weight: {significant(allocation.predicted_kl)} nats per token at "
@@ -108,8 +106,8 @@ def draw_budget(
 
 def _divergence(texts: Sequence[TextResult]) -> Plot:
     """KL of the quantized model and of the noise floor per text, with 95 % intervals."""
-    figure, axes = _figure(0.9 + 0.75 * len(texts))
-    labels = [_label(text.name, f"text {i + 1}") for i, text in enumerate(texts)]
+    figure, axes = new_figure(0.9 + 0.75 * len(texts))
+    labels = [plain_label(text.name, f"text {i + 1}") for i, text in enumerate(texts)]
     figures = [text.kl for text in texts] + [t.noise_floor.kl for t in texts if t.noise_floor is not None]
     log = all(figure.value > 0 for figure in figures)
     smallest = min((figure.value for figure in figures), default=1.0)
@@ -155,9 +153,9 @@ def _divergence(texts: Sequence[TextResult]) -> Plot:
         axes.margins(x=0.15)
     axes.set_xlabel("KL(float ‖ quantized), nats per token; bars are 95 % intervals", fontsize=9)
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
-    _legend(axes, 2)
+    add_legend(axes, 2)
     said = listing([f"{significant(text.kl.value)} on {one_line(text.name)}" for text in texts])
-    return _finish(figure, "kl", f"KL divergence from the float model in nats per token: {said}")
+    return finished(figure, "kl", f"KL divergence from the float model in nats per token: {said}")
 
 
 def _bytes_by_kind(rows: Sequence[LayerRow]) -> Plot:
@@ -173,7 +171,7 @@ def _bytes_by_kind(rows: Sequence[LayerRow]) -> Plot:
         totals[kind][1] += row.stored_bytes or 0
     totals = {kind: pair for kind, pair in totals.items() if sum(pair)}
     kinds = sorted(totals, key=lambda kind: -totals[kind][0])
-    figure, axes = _figure(1.0 + 0.62 * len(kinds))
+    figure, axes = new_figure(1.0 + 0.62 * len(kinds))
     largest = max(max(pair) for pair in totals.values())
     for i, kind in enumerate(kinds):
         for shift, value, color in ((-0.2, totals[kind][0], FLOAT), (0.2, totals[kind][1], QUANTIZED)):
@@ -188,7 +186,7 @@ def _bytes_by_kind(rows: Sequence[LayerRow]) -> Plot:
                 color=INK,
             )
     axes.set_yticks(
-        range(len(kinds)), [_label(kind, f"kind {i + 1}") for i, kind in enumerate(kinds)], parse_math=False
+        range(len(kinds)), [plain_label(kind, f"kind {i + 1}") for i, kind in enumerate(kinds)], parse_math=False
     )
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_xlim(0, largest * 1.18)
@@ -198,8 +196,10 @@ def _bytes_by_kind(rows: Sequence[LayerRow]) -> Plot:
     before, after = sum(pair[0] for pair in totals.values()), sum(pair[1] for pair in totals.values())
     for color, name in ((FLOAT, f"float model: {amount(before)}"), (QUANTIZED, f"this checkpoint: {amount(after)}")):
         axes.barh(0, 0, color=color, label=name)
-    _legend(axes, 2)
-    return _finish(figure, "bytes", f"Bytes of weights by kind: {amount(before)} in float, {amount(after)} stored here")
+    add_legend(axes, 2)
+    return finished(
+        figure, "bytes", f"Bytes of weights by kind: {amount(before)} in float, {amount(after)} stored here"
+    )
 
 
 def _blocks(rows: Sequence[LayerRow]) -> tuple[list[str], list[dict[str, int]], list[int], list[str]] | None:
@@ -223,7 +223,7 @@ def _blocks(rows: Sequence[LayerRow]) -> tuple[list[str], list[dict[str, int]], 
 
 def _bytes_by_block(names: list[str], blocks: list[dict[str, int]], before: list[int], prefixes: list[str]) -> Plot:
     """Stored bytes of every block, stacked by how the weights are stored, before the bytes of the float model."""
-    figure, axes = _figure(2.7)
+    figure, axes = new_figure(2.7)
     axes.bar(range(len(blocks)), before, color=FAINT, width=0.78, label="float model")
     labels = sorted({label for block in blocks for label in block}, key=lambda label: (label == "float", label))
     base = [0.0] * len(blocks)
@@ -238,74 +238,11 @@ def _bytes_by_block(names: list[str], blocks: list[dict[str, int]], before: list
     axes.set_xlim(-0.8, len(names) - 0.2)
     axes.set_ylim(0, max(*base, *before) * 1.05 or 1)
     axes.yaxis.set_major_formatter(lambda value, _: amount(value) if value else "0")
-    axes.set_xlabel("block of " + _label(", ".join(prefixes), "the model"), fontsize=9, parse_math=False)
+    axes.set_xlabel("block of " + plain_label(", ".join(prefixes), "the model"), fontsize=9, parse_math=False)
     axes.set_ylabel("bytes", fontsize=9)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    _legend(axes, 3)
+    add_legend(axes, 3)
     spread = list(dict.fromkeys((amount(min(base)), amount(max(base)))))
-    return _finish(
+    return finished(
         figure, "blocks", f"Bytes stored per block: {' to '.join(spread)}, of {amount(max(before))} in float"
     )
-
-
-def _figure(height: float) -> tuple[Any, Any]:
-    """An opaque figure 7.2 inches wide that needs no display and leaves pyplot's global state alone."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("the card's plots need matplotlib.", "pip install matplotlib.") from error
-    figure = Figure(figsize=(7.2, height + 0.75), facecolor=PAGE, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_facecolor(PAGE)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9, length=0)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _legend(axes: Any, columns: int) -> None:
-    legend = axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
-        borderaxespad=0.2,
-        handlelength=1.2,
-        columnspacing=1.6,
-    )
-    for text in legend.get_texts():
-        text.set_color(INK)
-        text.set_parse_math(False)
-
-
-def _label(text: str, instead: str) -> str:
-    """``text`` for an axis, or ``instead`` where the plot's font lacks one of its characters."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    plain = one_line(text)
-    known = get_font(findfont(FontProperties())).get_charmap()
-    if not plain or any(ord(character) not in known for character in plain):
-        return instead
-    return plain if len(plain) <= 40 else plain[:39] + "…"
-
-
-def _finish(figure: Any, name: str, caption: str) -> Plot:
-    """Both files, without dates or random ids: the same figures give the same bytes."""
-    import matplotlib
-
-    files = {}
-    with matplotlib.rc_context({"svg.hashsalt": "hf-quant", "svg.fonttype": "path"}):
-        for suffix, options in (
-            (".png", {"dpi": DPI, "metadata": {"Software": None}}),
-            (".svg", {"metadata": {"Date": None}}),
-        ):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix[1:], facecolor=PAGE, **options)
-            files[suffix] = buffer.getvalue()
-    return Plot(name, caption, files)

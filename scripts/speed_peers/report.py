@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_quant.checkpoint import atomic_write
 from hf_quant.evaluation.table import amount, markdown_table
-from hf_quant.plots import DPI, FAINT, FLOAT, INK, PAGE, QUANTIZED
+from hf_quant.plot_frame import DPI, FAINT, FLOAT, INK, PAGE, QUANTIZED
 
 OURS = "hf-quant"
 # The rivals that our rows are held against, per measurement: (what the column is called, the runtime, its layouts).
