@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ from hf_quant.nn.experts import SplitExperts, split_fused
 from hf_quant.nn.splitting import fuse_experts, merged_leaves, split_experts, split_modules
 
 
+_MODEL_UNNAMED = "model" not in inspect.signature(HfQuantizer.update_weight_conversions).parameters
+
+
 class ExpertsLoader(HfQuantizer):
     """A quantizer whose model may have had its experts taken apart before its weights are loaded."""
 
@@ -22,9 +26,27 @@ class ExpertsLoader(HfQuantizer):
         self.merges: list[WeightTransform] = []  # of transformers, not used while the experts are apart
         self._awaited: dict[str, SplitExperts] = {}
         self.has_split_experts = False
+        self._model: nn.Module | None = None
 
-    def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
-        """Without those that merge the experts of a checkpoint into one tensor, where experts were taken apart."""
+    def preprocess_model(self, model: Any, **kwargs: Any) -> None:
+        """Remember the model while its weights are loaded."""
+        self._model = model
+        super().preprocess_model(model, **kwargs)
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        """Forget it: a model holds its quantizer, and is copied and pickled with it."""
+        self._model = None
+        return super().postprocess_model(model, **kwargs)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: Any = None
+    ) -> list[WeightTransform]:
+        """Without those that merge the experts of a checkpoint into one tensor, where experts were taken apart.
+
+        Before release 5.21 transformers does not say for which model: it is the one that is being loaded.
+        """
+        model = self._model if model is None else model
+        assert model is not None
         endings = [
             f".{name}.{leaf}" for name, module in split_modules(model).items() for leaf in module.layout.parameters
         ]
@@ -35,7 +57,8 @@ class ExpertsLoader(HfQuantizer):
                 self.merges.append(conversion)
             else:
                 kept.append(conversion)
-        found: list[WeightTransform] = super().update_weight_conversions(kept, model)
+        names = () if _MODEL_UNNAMED else (model,)
+        found: list[WeightTransform] = super().update_weight_conversions(kept, *names)
         return found
 
     def _convert_model_for_quantization(self, model: Any) -> None:

@@ -68,8 +68,9 @@ class StockRuntime(Runtime):
         self.loaded: dict[str, Any] = json.loads(json.dumps(quantization_config.to_dict()))
         self.format_name = format_of(self.loaded)
         self.resolver = self.format.read_config(self.loaded)
-        # what transformers' loader calls the tensors -> the suffix
-        self.patterns = {s if s.startswith("weight") else rf"(?<=\.){s}$": s for s in self.format.SUFFIXES}
+        # what transformers' loader calls the tensors -> the suffix; older releases take the first that matches
+        suffixes = sorted(self.format.SUFFIXES, key=len, reverse=True)
+        self.patterns = {s if s.startswith("weight") else rf"(?<=\.){s}$": s for s in suffixes}
         self.serialized_names = {"weight": list(self.patterns)}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:

@@ -211,7 +211,14 @@ class HfQuantQuantizer(Runtime):
         split_experts(model, schemes)
         self.await_fused(model)
         put_empty(model, schemes, getattr(torch, self.plan.scale_dtype), *self._requested())
+        _await_floats(model, model_dtype(model, kwargs.get("dtype")))
         share_tables(model, self.plan.shares)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        module, leaf = get_module_from_name(model, param_name)
+        if isinstance(module, (PackedWeight, SharedHead)) and leaf == "weight":
+            return 1  # bytes, whatever the dtype of the placeholder
+        return float(super().param_element_size(model, param_name, param))
 
     def _requested(self) -> tuple[str, str]:
         """The kernel and the activations to ask for: the config's own where it says more than its default."""
@@ -328,6 +335,16 @@ class HfQuantQuantizer(Runtime):
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize(self)
+
+
+def _await_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give empty packed weights a float dtype until they are filled.
+
+    Before release 5.23 transformers casts what it reads to the dtype of the parameter that it is for, also where that
+    is quantized afterwards: every weight would be cast to bytes.
+    """
+    for _, layer in quantized_modules(model):
+        layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
 
 
 def register() -> None:
