@@ -59,6 +59,9 @@ SIDE_FILES: tuple[str, ...] = (
 UNRECORDED: tuple[str, ...] = (MANIFEST_FILE, README_FILE, RESULTS_FILE, f"{PLOTS}/*.png", f"{PLOTS}/*.svg")
 # Left in a downloaded copy by the Hub and its client: no part of the checkpoint, never published by us.
 HUB_LEFTOVERS: tuple[str, ...] = (".gitattributes", ".cache/huggingface/*")
+# endings of what ``hf-quant convert`` writes for others
+EXPORTED: tuple[str, ...] = (".gguf", ".onnx", ".onnx_data", "model.xml", "model.bin", "tokenizer.xml", "tokenizer.bin")
+EXPORTED += ("export.json",)
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -90,14 +93,14 @@ def list_files(directory: Path | str) -> Iterator[str]:
 
 
 def foreign_files(directory: Path | str) -> list[str]:
-    """Files that keep a directory from being a checkpoint of ours; ``*.py`` and ``*.gguf`` need a manifest beside."""
+    """Files that keep a directory from being a checkpoint of ours; code and exports need a manifest beside."""
     names = list(list_files(directory))
     return [
         name
         for name in names
         if not belongs(name)
         and not matches(name, HUB_LEFTOVERS)
-        and not (name.endswith((".py", ".gguf")) and "/" not in name and MANIFEST_FILE in names)
+        and not (name.endswith((".py", *EXPORTED)) and "/" not in name and MANIFEST_FILE in names)
     ]
 
 

@@ -16,7 +16,10 @@ def convert(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.", show_default=False)],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the other one goes.", show_default=False)],
     to: Annotated[
-        str, typer.Option("--to", help="compressed-tensors, gptq, awq, bitsandbytes, gguf.", show_default=False)
+        str,
+        typer.Option(
+            "--to", help="compressed-tensors, gptq, awq, bitsandbytes, gguf, onnx, openvino.", show_default=False
+        ),
     ],
     overwrite: o.Overwrite = False,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -31,7 +34,9 @@ def convert(
     an integer grid, AWQ holds 4 bits only and no reordered columns, GPTQ and AWQ have one scheme for all layers and
     store float16 scales. GGUF (Q4_0, Q4_1, Q8_0; for llama.cpp, Ollama, LM Studio) holds int4, and symmetric int8, in
     groups of whole blocks of 32; its scales are float16, and so are the products of scales and zero points, which
-    --round-scales allows to be rounded.
+    --round-scales allows to be rounded. ONNX (for onnxruntime and optimum) holds int4 in groups of a multiple of 16,
+    and int8, of language models, text encoders and image models. OpenVINO holds everything but
+    FP4 and fused experts, of causal language models.
 
     [bold]Examples[/bold]
 
@@ -40,6 +45,10 @@ def convert(
     hf-quant convert ./out ./out-awq --to awq
 
     hf-quant convert ./out ./out-gguf --to gguf
+
+    hf-quant convert ./out ./out-onnx --to onnx
+
+    hf-quant convert ./out ./out-ov --to openvino
     """
     quiet_libraries()
     from hf_quant.convert import convert as run
