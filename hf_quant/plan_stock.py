@@ -36,7 +36,7 @@ def _splits(conversion: WeightConverter) -> bool:
     """Whether it makes several weights of one: transformers cannot let it collect scales, too."""
     several = len(conversion._original_target_patterns) > 1
     weights = all(pattern.endswith(".weight") for pattern in conversion._original_source_patterns)
-    return several and weights and not any(operation.supports_many_to_many for operation in conversion.operations)
+    return several and weights and not any(getattr(op, "supports_many_to_many", False) for op in conversion.operations)
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -235,17 +236,20 @@ class StoredConfig(QuantizationConfigMixin):
         return dict(self.stored)
 
 
+def _make_stock(
+    stock: Callable[..., HfQuantizer], method: str, quantization_config: QuantizationConfigMixin, **kwargs: Any
+) -> HfQuantizer:
+    """transformers' own quantizer of a method; raises DependencyError without the package that it needs."""
+    package = _METHODS[method]
+    if not _installed(package):
+        name = package.replace("_", "-")
+        raise DependencyError(f"the stock quantizer of {method} needs {name}.", f"pip install {name}.")
+    return stock(quantization_config, **kwargs)
+
+
 def _dispatch(method: str) -> Callable[..., HfQuantizer]:
     """A stand-in for a stock quantizer class: our runtime where it can hold the checkpoint, else the stock one."""
-    stock = _replaced[method]
-
-    def make_stock(quantization_config: QuantizationConfigMixin, **kwargs: Any) -> HfQuantizer:
-        package = _METHODS[method]
-        if not _installed(package):
-            name = package.replace("_", "-")
-            raise DependencyError(f"the stock quantizer of {method} needs {name}.", f"pip install {name}.")
-        found: HfQuantizer = stock(quantization_config, **kwargs)
-        return found
+    make_stock = partial(_make_stock, _replaced[method], method)
 
     def make(quantization_config: QuantizationConfigMixin, **kwargs: Any) -> HfQuantizer:
         if kwargs.get("pre_quantized", True) and not getattr(quantization_config, "dequantize", False):

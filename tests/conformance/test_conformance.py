@@ -33,7 +33,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[object]:
     yield request.param
 
 
-def test_from_end_to_end(case, tmp_path: Path) -> None:
+def test_from_end_to_end(case, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     found = trial.run(case, tmp_path)
     # the plan of the files is that of the model, and all of it was done
     assert [(q.name, q.scheme) for q in found.plan.layers] == [(q.name, q.scheme) for q in found.made.layers]
@@ -45,6 +45,7 @@ def test_from_end_to_end(case, tmp_path: Path) -> None:
     assert found.share > 0.35
     unexplained = [q.name for q in found.plan.kept if len(q.shape) > 1 and not q.note.startswith(REASONS)]
     assert unexplained == []
+    request.getfixturevalue("stock_as_known")
     # the sentence in the card is true
     promised = "cannot" if "Stock transformers cannot" in found.promised else "loads"
     works = found.stock.split(" with ")[0] in ("exact", "loads")

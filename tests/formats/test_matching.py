@@ -69,7 +69,7 @@ def test_skip_keys_skip_exactly() -> None:
     assert is_skipped("a(b", skip_keys(["a(b"], names))
 
 
-def test_skip_rule_is_transformers_own() -> None:
+def test_skip_rule_is_transformers_own(stock_as_known) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     keys = ["lm_head", "fc1", "layers.1", r"layers.\d+.mlp", "^fc2$", "mlp.gate", "head"]

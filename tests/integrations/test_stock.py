@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import copy
 import json
+import pickle
 import os
 import pickle
 import shutil
@@ -55,7 +57,7 @@ def test_the_logits_are_those_of_the_same_weights_in_float(case, architecture, s
 
 @pytest.mark.parametrize("storage", ["int-quantized", "naive-quantized"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_int_quantized_files(storage, symmetric, tiny_llama, tmp_path) -> None:
+def test_int_quantized_files(storage, symmetric, tiny_llama, tmp_path, request) -> None:
     config = hf_quant.HfQuantConfig(bits=8, symmetric=symmetric, group_size=32, method="absmax", scale_dtype="float32")
     packed = load(tiny_llama, quantization_config=config)
     packed.save_pretrained(tmp_path / "packed")
@@ -80,6 +82,7 @@ def test_int_quantized_files(storage, symmetric, tiny_llama, tmp_path) -> None:
     saved = load_file(tmp_path / "again" / "model.safetensors")
     assert saved.keys() == tensors.keys() and all(torch.equal(saved[key], tensors[key]) for key in saved)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format"] == storage
+    request.getfixturevalue("stock_as_known")
     hf_quant.disable()
     try:
         theirs = AutoModelForCausalLM.from_pretrained(
@@ -204,3 +207,16 @@ def test_the_stock_loader_itself(stored, tmp_path) -> None:
         theirs = load_file(tmp_path / f"{case}.logits.safetensors")["logits"]
         ours = logits(load(path))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01 * float(theirs.abs().max()), msg=case)
+
+
+@pytest.mark.parametrize("grid", ["int", "nf4"])
+def test_a_loaded_checkpoint_is_copied_and_pickled(grid, tiny_llama, tmp_path) -> None:
+    load(tiny_llama, quantization_config=hf_quant.HfQuantConfig(grid=grid)).save_pretrained(tmp_path / "packed")
+    model = load(tmp_path / "packed")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(list(quantized_modules(twin))) == 14
+        assert torch.equal(logits(twin), logits(model))
+        twin.save_pretrained(tmp_path / "again")
+        again = load_file(tmp_path / "again" / "model.safetensors")
+        saved = load_file(tmp_path / "packed" / "model.safetensors")
+        assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
