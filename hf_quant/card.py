@@ -28,6 +28,7 @@ from hf_quant.card_metadata import (
     validate_card,
 )
 from hf_quant.card_snippets import Snippet, quantize_command, recipe_yaml, with_repo_id
+from hf_quant.card_tasks import section as task_section
 from hf_quant.card_text import (
     amount,
     code,
@@ -144,6 +145,7 @@ def render(
         model_name=one_line(checkpoint.name),
         eval_results=eval_results(results, task or "text-generation") if results is not None else None,
     )
+    drawn = {Path(path).stem: (path, caption) for path, caption in checkpoint.plots}
     known: dict[str, Any] = {
         "metadata": metadata.to_yaml(),
         "name": checkpoint.name,
@@ -161,7 +163,7 @@ def render(
         "license_name": passed_on.get("license_name"),
         "license_link": passed_on.get("license_link"),
         "checkpoint": checkpoint,
-        "plots": {Path(path).stem: (path, caption) for path, caption in checkpoint.plots},
+        "plots": drawn,
         "auto_class": auto_class,
         "snippet": Snippet(checkpoint, facts, auto_class),
         "quantized": families([row for row in rows if row.is_quantized], rows),
@@ -171,6 +173,7 @@ def render(
         "quantize_command": quantize_command(provenance, checkpoint),
         "vllm": vllm_reads(facts),
         "limits": limits(facts),
+        "tasks": task_section(results.tasks, drawn.get("tasks")) if results is not None else "",
     }
     try:
         text = _environment().from_string(_template()).render(known)

@@ -24,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_quant.card_text import LOCAL_PATH, one_line
 from hf_quant.errors import CardError
 from hf_quant.evaluation.results import EvaluationResult, Interval
+from hf_quant.evaluation.task_results import TaskRun, label_of
 
 # The identifiers that the Hub accepts in `license` (hub-docs, repositories-licenses); it refuses a card with another.
 _LICENSES = """
@@ -198,6 +199,34 @@ def eval_results(results: EvaluationResult, task: str) -> list[EvalResult]:
                     metric_args={"confidence_interval_95": [_plain(interval.low), _plain(interval.high)]},
                 )
             )
+    return found + _task_results(results.tasks, task, used)
+
+
+def _task_results(runs: Sequence[TaskRun], task: str, used: set[str]) -> list[EvalResult]:
+    """Per task the quantized model's scores; the data set by its Hub id where that tells the tasks apart."""
+    found: list[EvalResult] = []
+    for run in runs:
+        for item in run.tasks:
+            key = item.dataset if item.dataset and hub_id(item.dataset) and "/" in item.dataset else item.name
+            if (taken := f"{key} {item.dataset_config} {item.split}") in used or key in used:
+                key = taken = item.name
+            used.add(taken)
+            for metric in item.metrics:
+                error = {} if metric.quantized_stderr is None else {"stderr": _plain(metric.quantized_stderr)}
+                found.append(
+                    EvalResult(
+                        task_type=task,
+                        dataset_type=key,
+                        dataset_name=one_line(item.name),
+                        dataset_config=item.dataset_config,
+                        dataset_split=item.split,
+                        dataset_args={"num_few_shot": item.num_fewshot, "items": item.items, "version": item.version},
+                        metric_type=metric.metric,
+                        metric_name=label_of(item, metric),
+                        metric_value=_plain(metric.quantized_value),
+                        metric_args={"float_value": _plain(metric.float_value), **error},
+                    )
+                )
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hf_quant.card_text import LayerRow, amount, listing, one_line, significant
 from hf_quant.evaluation.results import EvaluationResult, TextResult
+from hf_quant.evaluation.task_table import task_rows
 from hf_quant.plot_frame import (
     FAINT,
     FLOAT,
@@ -19,6 +20,7 @@ from hf_quant.plot_frame import (
     new_figure,
     plain_label,
 )
+from hf_quant.plots_tasks import draw_tasks
 from hf_quant.quantize.allocate import Allocation
 
 _KINDS = {"Linear": "linear layers", "Conv1D": "linear layers", "Embedding": "embeddings", "Norm": "norms and biases"}
@@ -41,6 +43,8 @@ def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plo
         plots.append(_bytes_by_kind(rows))
         if (blocks := _blocks(rows)) is not None:
             plots.append(_bytes_by_block(*blocks))
+    if results is not None and (tasks := draw_tasks(task_rows(results.tasks))) is not None:
+        plots.append(tasks)
     return plots
 
 

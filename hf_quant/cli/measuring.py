@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from hf_quant.cli import options as o
+from hf_quant.cli import task_options as t
 from hf_quant.cli.output import ARGUMENTS, out, print_json, quiet_libraries
-from hf_quant.errors import CheckpointError
+from hf_quant.errors import CheckpointError, ConfigError
 
 
 def evaluate(
@@ -69,6 +70,13 @@ def evaluate(
             help="Measure what --activations int8 would add too, where the kernels can do it.",
         ),
     ] = True,
+    tasks: t.Tasks = None,
+    only_tasks: t.OnlyTasks = False,
+    num_fewshot: t.NumFewshot = None,
+    limit: t.Limit = None,
+    batch_size: t.BatchSize = 8,
+    chat_template: t.ChatTemplate = False,
+    run_unsafe_code: t.RunUnsafeCode = False,
     device: o.Device = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -96,31 +104,56 @@ def evaluate(
 
     hf-quant evaluate ./out -r ./Llama-3.2-1B --text notes.txt --windows 8 --json > results.json
 
+    hf-quant evaluate ./out --tasks builtin --only-tasks
+
     hf-quant evaluate ./vit-int8 -r ./vit --media images:./photos
     """
     quiet_libraries()
     from hf_quant.evaluation import evaluate_directory
     from hf_quant.evaluation.table import render
+    from hf_quant.evaluation.task_loading import load_tasks
+    from hf_quant.evaluation.tasks import add_tasks
 
-    result = evaluate_directory(
-        directory,
-        reference or recorded_base(directory),
-        texts=tuple(text) if text else None,
-        media=media,
-        windows=windows,
-        length=length,
-        speed=speed,
-        noise_floor=noise_floor,
-        int8_activations=int8_activations,
-        device=device,
-        kernel=kernel or "auto",
-        activations=activations,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        reference_revision=revision,
-        dtype=o.torch_dtype(dtype),
-        command=reproducible(ctx),
-    )
+    if only_tasks and not tasks:
+        raise ConfigError("--only-tasks without tasks.", "name some: --tasks builtin.")
+    float_model = reference or recorded_base(directory)
+    # found first: a wrong name should not cost an evaluation
+    chosen = load_tasks(t.split_specs(tasks), run_unsafe_code) if tasks else None
+    shared: dict[str, Any] = {
+        "device": device,
+        "kernel": kernel or "auto",
+        "activations": activations,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+        "reference_revision": revision,
+        "dtype": o.torch_dtype(dtype),
+        "command": reproducible(ctx),
+    }
+    if not only_tasks:
+        result = evaluate_directory(
+            directory,
+            float_model,
+            texts=tuple(text) if text else None,
+            media=media,
+            windows=windows,
+            length=length,
+            speed=speed,
+            noise_floor=noise_floor,
+            int8_activations=int8_activations,
+            **shared,
+        )
+    if chosen is not None:
+        result = add_tasks(
+            directory,
+            float_model,
+            chosen,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            chat_template=chat_template,
+            unsafe_code=run_unsafe_code,
+            **shared,
+        )
     if json:
         print_json(result.model_dump())
     else:

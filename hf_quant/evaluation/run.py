@@ -34,6 +34,7 @@ from hf_quant.evaluation.results import (
 from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes
 from hf_quant.evaluation.sources import Origin, Source, opened, quiet_loading, timed_load
 from hf_quant.evaluation.speed import Subject, measure, measure_passes
+from hf_quant.evaluation.task_record import with_earlier_tasks
 from hf_quant.evaluation.text import Text, Windows
 from hf_quant.kernels import registry
 
@@ -189,8 +190,11 @@ def evaluate(
 
 
 def evaluate_directory(directory: Path | str, reference: Source, **options: Any) -> EvaluationResult:
-    """:func:`evaluate` a checkpoint directory and record the results in its ``evaluation.json``."""
-    result = evaluate(Path(directory), reference, **options)
+    """:func:`evaluate` a checkpoint directory and record the results in its ``evaluation.json``.
+
+    Tasks that are recorded there of the same checkpoint and float model stay.
+    """
+    result = with_earlier_tasks(directory, evaluate(Path(directory), reference, **options))
     write_results(directory, result)
     return result
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from hf_quant.evaluation.results import EvaluationResult, Figures, Interval, SpeedResult, ThroughputResult
+from hf_quant.evaluation.task_table import HEADER, task_rows
 
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
@@ -49,6 +50,8 @@ def _tables(result: EvaluationResult) -> list[tuple[str, list[str], list[list[st
     tables.append(("Size", *_size(result)))
     if result.speed:
         tables.append(("Speed", *_speed(result.speed)))
+    if result.tasks:
+        tables.append(("Tasks", HEADER, [row.cells for row in task_rows(result.tasks)]))
     if result.throughput:
         tables.append(("Speed", *_throughput(result.throughput)))
     return tables

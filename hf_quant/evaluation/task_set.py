@@ -20,8 +20,8 @@ CLOZE, CONTINUATION = "hfq-cloze", "hfq-continuation"
 ITEMS = 250  # at most; fewer where the text gives fewer
 SHOTS = 16  # examples for few-shot prompts, never measured
 _VERSION = 1
-_CONTEXT_WORDS = 64
-_CONTINUATION_WORDS = 16
+_CONTEXT_WORDS = 48
+_CONTINUATION_WORDS = 12
 _CHOICES = 4
 _SHORTEST_TARGET = 4  # letters
 _SEED = 0
@@ -117,16 +117,18 @@ def _split(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _cloze(words: list[str]) -> list[dict[str, Any]]:
-    """Passages whose last word was there before, so that who reads all of it has a chance (as in LAMBADA)."""
+    """Passages whose last word followed the same word before, so that who reads all of it has a chance."""
     found: list[dict[str, Any]] = []
+    plain = [word.rstrip(".,;:!?") for word in words]
     start = 0
     while start + _CONTEXT_WORDS < len(words):
         # the passage ends at the first word from here on that can be asked for
         for end in range(start + _CONTEXT_WORDS, min(len(words), start + 2 * _CONTEXT_WORDS)):
-            target = words[end].rstrip(".,;:!?")
-            context = words[start:end]
-            if len(target) >= _SHORTEST_TARGET and target.isalpha() and target in context:
-                found.append({"context": " ".join(context), "target": target})
+            target = plain[end]
+            if len(target) < _SHORTEST_TARGET or not target.isalpha():
+                continue
+            if any(words[k - 1] == words[end - 1] and plain[k] == target for k in range(start + 1, end)):
+                found.append({"context": " ".join(words[start:end]), "target": target})
                 break
         else:
             end = start + _CONTEXT_WORDS

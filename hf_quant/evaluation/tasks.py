@@ -19,15 +19,15 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from hf_quant.checkpoint import MANIFEST_FILE, checkpoint_digest, require_verified
 from hf_quant.errors import EvaluationError
 from hf_quant.evaluation.accuracy import AUTO_KERNEL, environment_of, forces, name_of
 from hf_quant.evaluation.results import RESULTS_FILE, EvaluationResult
-from hf_quant.evaluation.size import disk_bytes
+from hf_quant.evaluation.run import write_results
 from hf_quant.evaluation.sources import Origin, Source, load_tokenizer, opened, quiet_loading
 from hf_quant.evaluation.speed import kernels
 from hf_quant.evaluation.task_loading import BUILT_IN_SOURCE, LoadedTasks, functions_of, load_tasks, quiet_harness
 from hf_quant.evaluation.task_pairs import combine, compare_items
+from hf_quant.evaluation.task_record import check_same
 from hf_quant.evaluation.task_results import GroupResult, MetricResult, TaskResult, TaskRun, merged
 from hf_quant.kernels import registry
 
@@ -105,6 +105,9 @@ def evaluate_tasks(
             ),
             stack.enter_context(opened(candidate, "candidate", trust_remote_code=trust_remote_code)),
         ]
+        for origin in origins:
+            if not origin.kind.answers_text:
+                raise EvaluationError(f"{origin.label} does not continue text.", "tasks are for models that do.")
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(*origins)
         if chat_template and not getattr(tokenizer, "chat_template", None):
             raise EvaluationError("the tokenizer has no chat template.", "run the tasks without it.")
@@ -158,29 +161,8 @@ def add_tasks(
         check_same(before, directory, origin, revision)
     run = evaluate_tasks(directory, reference, tasks, **options)
     result = before.model_copy(update={"tasks": merged(before.tasks, run)})
-    from hf_quant.evaluation.run import write_results
-
     write_results(directory, result)
     return result
-
-
-def check_same(before: EvaluationResult, directory: Path, reference: Origin, revision: str | None) -> None:
-    """Raise EvaluationError unless the results are of this checkpoint and of this float model."""
-    digest = None
-    if (directory / MANIFEST_FILE).is_file():
-        require_verified(directory)
-        digest = checkpoint_digest(directory)
-    wrong = None
-    if before.candidate_digest != digest or before.size.quantized_disk_bytes != disk_bytes(directory):
-        wrong = "another checkpoint than this one"
-    elif before.size.float_disk_bytes != disk_bytes(reference.directory):
-        wrong = f"another float model than {reference.label}: its files have other sizes"
-    elif (before.reference, before.reference_revision) != (reference.label, revision):
-        wrong = f"{before.reference} ({before.reference_revision or 'no revision'}), not {reference.label}"
-    if wrong:
-        raise EvaluationError(
-            f"{directory / RESULTS_FILE} holds results of {wrong}.", "evaluate again, without --only-tasks."
-        )
 
 
 def _check_numbers(num_fewshot: int | None, limit: float | None, batch_size: int) -> None:
@@ -194,8 +176,6 @@ def _check_numbers(num_fewshot: int | None, limit: float | None, batch_size: int
 
 def _load(origin: Origin, dtype: torch.dtype, device: str) -> PreTrainedModel:
     model = origin.load(dtype, device) if origin.model is None else origin.model
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise EvaluationError(f"{origin.label} does not continue text.", "tasks are for causal language models.")
     if origin.model is not None and model.dtype != dtype:
         raise EvaluationError(
             f"{origin.label} is in {name_of(model.dtype)}, but tasks are to run in {name_of(dtype)}.",
