@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 
-from hf_quant import plots
+from hf_quant import card_samples, plots
 from hf_quant.card_claims import claim, limits, methods, scheme_summary, text_rows, vllm_reads
 from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, is_local, shown_base
 from hf_quant.card_metadata import (
@@ -24,7 +24,6 @@ from hf_quant.card_metadata import (
     hub_id,
     inherited,
     read_base_card,
-    task_of,
     validate_card,
 )
 from hf_quant.card_snippets import Snippet, quantize_command, recipe_yaml, with_repo_id
@@ -53,6 +52,7 @@ from hf_quant.checkpoint import (
 )
 from hf_quant.checkpoint.contents import UNRECORDED, list_files, matches
 from hf_quant.errors import CardError
+from hf_quant.evaluation.kinds import kind_of
 from hf_quant.evaluation.results import EvaluationResult
 from hf_quant.version import __version__
 
@@ -132,8 +132,8 @@ def render(
     base_id = None if is_local(provenance) else hub_id(provenance["base_model"])
     files = [name for name, _ in checkpoint.files]
     passed_on = inherited(base, base_id, files)
-    task, auto_class = task_of(checkpoint.architecture, checkpoint.model_type)
-    task = passed_on.pop("pipeline_tag", task)
+    kind = kind_of(checkpoint.architecture)
+    task = passed_on.pop("pipeline_tag", kind.task)
     metadata = ModelCardData(
         **passed_on,
         base_model=base_id,
@@ -164,14 +164,15 @@ def render(
         "license_link": passed_on.get("license_link"),
         "checkpoint": checkpoint,
         "plots": drawn,
-        "auto_class": auto_class,
-        "snippet": Snippet(checkpoint, facts, auto_class),
+        "auto_class": kind.auto_class,
+        "snippet": Snippet(checkpoint, facts, kind),
+        "samples": card_samples,
         "quantized": families([row for row in rows if row.is_quantized], rows),
         "kept": families([row for row in rows if not row.is_quantized], rows, across_parents=True),
         "methods": methods(facts),
         "recipe": recipe_yaml(provenance["recipe"]),
         "quantize_command": quantize_command(provenance, checkpoint),
-        "vllm": vllm_reads(facts),
+        "vllm": kind.answers_text and vllm_reads(facts),
         "limits": limits(facts),
         "tasks": task_section(results.tasks, drawn.get("tasks")) if results is not None else "",
     }

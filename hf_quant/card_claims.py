@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from hf_quant import card_samples
 from hf_quant.card_facts import LABEL, Facts
 from hf_quant.card_text import amount, listing, markdown, significant, value_only, with_interval
 from hf_quant.evaluation.results import EvaluationResult, Figures, TextResult
@@ -63,6 +64,7 @@ def claim(facts: Facts) -> str:
         changes = [f"{value_only(t.perplexity_increase_percent, sign=True)} % on {markdown(t.name)}" for t in texts]
         losses = listing([value_only(text.kl) for text in texts])
         parts.append(f"perplexity {listing(changes)} (KL {losses} nats)")
+    parts += card_samples.claims(results)
     if speed := _speed_claim(facts):
         parts.append(f"{speed} on {markdown(results.environment.cpu)}")
     return f"{head}: {', '.join(parts)}"
@@ -78,6 +80,8 @@ def _size_claim(before: int, after: int, dtype: str | None) -> str:
 def _speed_claim(facts: Facts) -> str:
     """Decode and prefill against the float model: both, because one can gain what the other loses."""
     before, after = facts.speed("float"), facts.speed("quantized")
+    if facts.results is not None and facts.results.throughput:
+        return card_samples.speed_claim(facts.results)
     if before is None or after is None:
         return ""
     if not before.decode_tokens_per_second > 0 or not before.prefill_tokens_per_second > 0:
@@ -162,9 +166,9 @@ def limits(facts: Facts) -> list[str]:
     results = facts.results
     if results is None:
         found.append("The accuracy of this checkpoint was not measured. Evaluate it before you rely on it.")
-    elif not results.texts:
+    elif not results.texts and not results.samples:
         found.append("Accuracy was not measured: the results hold no text.")
-    else:
+    if results is not None and results.texts:
         tokens = sum(text.tokens for text in results.texts)
         names = listing([markdown(text.name) for text in results.texts])
         found.append(
@@ -172,7 +176,9 @@ def limits(facts: Facts) -> list[str]:
             "Other languages, domains, tasks and longer contexts were not measured."
         )
         found += [sentence for text in results.texts if (sentence := _significance(text))]
-    if results is not None and results.speed:
+    if results is not None:
+        found += card_samples.limits(results)
+    if results is not None and (results.speed or results.throughput):
         found.append("Speed and memory hold for the machine, threads and kernels named above and for no other.")
     elif results is not None:
         found.append("Speed was not measured.")

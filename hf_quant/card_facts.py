@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from hf_quant.card_text import LayerRow, file_name
-from hf_quant.evaluation.results import EvaluationResult, SpeedResult
+from hf_quant.evaluation.results import EvaluationResult, SpeedResult, ThroughputResult
 
 LABEL = re.compile(r"(?P<grid>\w+)(?: (?P<zero>sym|asym))? (?P<group>g\d+|per-channel)(?P<nested> dq)?")
 _TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken")
@@ -42,6 +42,11 @@ class CheckpointFacts:
     custom_code: bool = False
     plots: tuple[tuple[str, str], ...] = ()
     quantized_by: str | None = None
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether there is something that reads images or sound."""
+        return any(name in ("preprocessor_config.json", "processor_config.json") for name, _ in self.files)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -118,7 +123,9 @@ class Facts:
     @property
     def kernels(self) -> list[str]:
         """Kernels that ran the quantized layers during the evaluation."""
-        found = self.results.speed if self.results is not None else ()
+        found: list[SpeedResult | ThroughputResult] = []
+        if self.results is not None:
+            found = [*self.results.speed, *self.results.throughput]
         names = dict.fromkeys(name for entry in found if entry.model == "quantized" for name in entry.kernels)
         return [name for name in names if name != "float"]
 

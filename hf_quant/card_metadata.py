@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from hf_quant.card_text import LOCAL_PATH, one_line
+from hf_quant import card_samples
+from hf_quant.card_text import LOCAL_PATH, one_line, plain_figure
 from hf_quant.errors import CardError
 from hf_quant.evaluation.results import EvaluationResult, Interval
 from hf_quant.evaluation.task_results import TaskRun, label_of
@@ -46,20 +47,6 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _UNFINISHED = ("[More Information Needed]", "{{ card_data }}")
 _RELATIONS = ("quantized", "finetune", "adapter", "merge")
-
-# Class name suffix -> (the Hub's task, the auto class that loads it); the first match wins.
-_TASKS: tuple[tuple[str, str | None, str], ...] = (
-    ("ForCausalLM", "text-generation", "AutoModelForCausalLM"),
-    ("LMHeadModel", "text-generation", "AutoModelForCausalLM"),
-    ("ForSequenceClassification", "text-classification", "AutoModelForSequenceClassification"),
-    ("ForTokenClassification", "token-classification", "AutoModelForTokenClassification"),
-    ("ForQuestionAnswering", "question-answering", "AutoModelForQuestionAnswering"),
-    ("ForMaskedLM", "fill-mask", "AutoModelForMaskedLM"),
-    ("ForImageClassification", "image-classification", "AutoModelForImageClassification"),
-    ("Model", "feature-extraction", "AutoModel"),
-)
-_SPEECH = {"whisper", "speech_to_text", "moonshine", "speech-encoder-decoder"}
-_TEXT_TO_TEXT = {"bart", "longt5", "m2m_100", "marian", "mbart", "mt5", "pegasus", "switch_transformers", "t5", "umt5"}
 
 # what a card takes over from the base model's
 INHERITED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -119,17 +106,6 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def task_of(architecture: str, model_type: str) -> tuple[str | None, str]:
-    """(pipeline tag or None, auto class) of a model class."""
-    if architecture.endswith("ForConditionalGeneration"):
-        if model_type in _SPEECH:
-            return "automatic-speech-recognition", "AutoModelForSpeechSeq2Seq"
-        if model_type in _TEXT_TO_TEXT:
-            return "text2text-generation", "AutoModelForSeq2SeqLM"
-        return "image-text-to-text", "AutoModelForImageTextToText"
-    return next(((tag, auto) for suffix, tag, auto in _TASKS if architecture.endswith(suffix)), (None, "AutoModel"))
-
-
 def inherited(base: BaseCard, base_id: str | None, files: Sequence[str]) -> dict[str, Any]:
     """License, language and pipeline tag that the base model's card states, in the form that the Hub accepts."""
     metadata = base.metadata
@@ -171,7 +147,7 @@ def _license_link(link: str, base_id: str | None, files: Sequence[str]) -> str |
 
 
 def eval_results(results: EvaluationResult, task: str) -> list[EvalResult]:
-    """The model index: per text the quantized model's perplexity, KL divergence and top-1 agreement."""
+    """The model index: per text perplexity, KL divergence and top-1 agreement; per set of samples every figure."""
     found: list[EvalResult] = []
     used: set[str] = set()
     for text in results.texts:
@@ -195,11 +171,11 @@ def eval_results(results: EvaluationResult, task: str) -> list[EvalResult]:
                     dataset_args=dataset,
                     metric_type=kind,
                     metric_name=name,
-                    metric_value=_plain(interval.value),
-                    metric_args={"confidence_interval_95": [_plain(interval.low), _plain(interval.high)]},
+                    metric_value=plain_figure(interval.value),
+                    metric_args={"confidence_interval_95": [plain_figure(interval.low), plain_figure(interval.high)]},
                 )
             )
-    return found + _task_results(results.tasks, task, used)
+    return found + card_samples.index(results, task) + _task_results(results.tasks, task, used)
 
 
 def _task_results(runs: Sequence[TaskRun], task: str, used: set[str]) -> list[EvalResult]:
@@ -212,7 +188,7 @@ def _task_results(runs: Sequence[TaskRun], task: str, used: set[str]) -> list[Ev
                 key = taken = item.name
             used.add(taken)
             for metric in item.metrics:
-                error = {} if metric.quantized_stderr is None else {"stderr": _plain(metric.quantized_stderr)}
+                error = {} if metric.quantized_stderr is None else {"stderr": plain_figure(metric.quantized_stderr)}
                 found.append(
                     EvalResult(
                         task_type=task,
@@ -223,15 +199,11 @@ def _task_results(runs: Sequence[TaskRun], task: str, used: set[str]) -> list[Ev
                         dataset_args={"num_few_shot": item.num_fewshot, "items": item.items, "version": item.version},
                         metric_type=metric.metric,
                         metric_name=label_of(item, metric),
-                        metric_value=_plain(metric.quantized_value),
-                        metric_args={"float_value": _plain(metric.float_value), **error},
+                        metric_value=plain_figure(metric.quantized_value),
+                        metric_args={"float_value": plain_figure(metric.float_value), **error},
                     )
                 )
     return found
-
-
-def _plain(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def check_finite(results: EvaluationResult) -> None:
@@ -243,6 +215,14 @@ def check_finite(results: EvaluationResult) -> None:
                 raise CardError(
                     f"the measured {name} on {text.name!r} is not a finite number.",
                     "the quantized model is broken, or the text is: evaluate again after mending it.",
+                )
+    for samples in results.samples:
+        for one in samples.figures:
+            known = [found for found in (one.value, one.noise_floor, one.int8_activations) if found is not None]
+            if not all(math.isfinite(figure) for found in known for figure in (found.value, found.low, found.high)):
+                raise CardError(
+                    f"the measured {one.name} on {samples.name!r} is not a finite number.",
+                    "the quantized model is broken, or a sample is: evaluate again after mending it.",
                 )
 
 

@@ -13,6 +13,8 @@ import yaml
 
 from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, shown_base
 from hf_quant.card_text import one_line, without_paths
+from hf_quant.card_usage import Usage, usage_of
+from hf_quant.evaluation.kinds import Kind
 
 # Recipe keys that change how a checkpoint is loaded, not what is in it.
 _LOADING_KEYS = ("quant_method", "kernel", "activations", "dequantize")
@@ -39,14 +41,15 @@ class Snippet:
 
     checkpoint: CheckpointFacts
     facts: Facts
-    auto_class: str
+    kind: Kind
     packages: str = field(init=False)
 
     def __post_init__(self) -> None:
         package = "gptqmodel optimum"  # GPTQ and AWQ, which `hf-quant convert` writes
         if self.facts.is_bitsandbytes or self.facts.is_compressed_tensors:
             package = "bitsandbytes" if self.facts.is_bitsandbytes else "compressed-tensors"
-        object.__setattr__(self, "packages", f"torch transformers accelerate {package}")
+        more = f" {self.usage.packages}" if self.usage is not None and self.usage.packages else ""
+        object.__setattr__(self, "packages", f"torch transformers accelerate {package}{more}")
 
     @property
     def marker(self) -> str:
@@ -66,17 +69,18 @@ class Snippet:
 
     @property
     def dequantize(self) -> bool:
-        """Stock transformers cannot run the layout packed."""
-        return self.facts.needs_dequantize
+        """Stock transformers cannot run the layout packed.
+
+        It expands compressed-tensors weights in the model's own first forward pass; to generate, an encoder-decoder or
+        a model of images calls a part of itself before that.
+        """
+        answers = self.kind.measure in ("speech", "text-to-text", "image-text")
+        return self.facts.needs_dequantize or (answers and self.facts.is_compressed_tensors)
 
     @property
-    def generates(self) -> bool:
-        return self.auto_class == "AutoModelForCausalLM" and self.checkpoint.has_tokenizer
-
-    @property
-    def encodes(self) -> bool:
-        text = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
-        return self.auto_class in text and self.checkpoint.has_tokenizer
+    def usage(self) -> Usage | None:
+        """What to do with the loaded model."""
+        return usage_of(self.kind, self.checkpoint)
 
 
 def _marker(repo_id: str) -> str:

@@ -78,6 +78,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - exponent)}f}"
 
 
+def plain_figure(value: float) -> float:
+    """A number with six significant digits, for metadata."""
+    return float(f"{value:.6g}")
+
+
 def _decimals(interval: Interval) -> int:
     """Decimals that show one or two digits of the interval's half width, and one more where the value would otherwise
     have less than three digits; without an interval, three digits of the value."""

@@ -69,7 +69,7 @@ def sample_text(
             tokenizer, read_chat(tokenizer, ends), samples, seed, ends, leading_bos(tokenizer), vocabulary
         )
         together = _sequences_at_once(sampler, length, samples)
-        banned = _placeholders(sampler.config)
+        banned = placeholders(sampler.config)
         done = 0
         pieces = []
         for first in range(0, samples, together):
@@ -102,7 +102,7 @@ def sample_answers(
     ends = _end_tokens(sampler, tokenizer)
     rows = len(inputs[needs.main_input])
     plain = [Script(due=deque(), ends=frozenset()) for _ in range(rows)]
-    director = _Director(plain, seed, _vocabulary(sampler, tokenizer), _placeholders(sampler.config), None)
+    director = _Director(plain, seed, _vocabulary(sampler, tokenizer), placeholders(sampler.config), None)
     placed = {name: value.to(sampler.device) for name, value in inputs.items()}
     for name, value in placed.items():
         if value.is_floating_point():
@@ -241,7 +241,7 @@ def _vocabulary(model: PreTrainedModel, tokenizer: Any) -> int:
     return size if tokenizer is None else min(size, len(tokenizer))
 
 
-def _placeholders(config: Any) -> tuple[int, ...]:
+def placeholders(config: Any) -> tuple[int, ...]:
     """Tokens that stand for an image, a video or a sound: in text alone, a multimodal model rejects them."""
     names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]
     return tuple({value for name in names if isinstance(value := getattr(config, name, None), int) and value >= 0})

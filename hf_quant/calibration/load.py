@@ -90,7 +90,7 @@ def load_calibration(
         if needs.modality != "text":
             raise CalibrationError(
                 f"{needs.model_class.__name__} reads {needs.modality}, it cannot be calibrated on {named!r}.",
-                f"give a folder: {'images' if needs.modality == 'image' else 'audio'}:DIR.",
+                f"give a folder: {'images' if needs.modality == 'image' else 'audio'}:DIR, or use no data: preset fast.",
             )
         rows, label = loader.texts(named)
     if len(rows) < samples:

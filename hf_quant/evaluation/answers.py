@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
+from hf_quant.calibration.generate import placeholders
 from hf_quant.evaluation.bootstrap import increase_percent
 from hf_quant.evaluation.divergence import compare_logits
 from hf_quant.evaluation.encoders import logit_score
@@ -111,6 +112,8 @@ class Answers(Examination):
         if prompt:
             given["decoder_input_ids"] = torch.tensor([list(prompt)], device=model.device)
         settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=self.longest)
+        if never := placeholders(model.config):  # an image that nobody gave
+            settings.suppress_tokens = list(never)
         # speech models override generate with a transcription of long sounds of their own: take the plain one
         ids = GenerationMixin.generate(model, **given, generation_config=settings)[0].tolist()
         return tuple(ids[len(prompt) or inputs["input_ids"].shape[1] :])

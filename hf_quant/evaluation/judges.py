@@ -100,7 +100,7 @@ class _Maker:
     length: int
 
     def panel(self) -> Panel:
-        reads = {"text": "", "image": "images", "audio": "audio"}[self.needs.modality]
+        reads = "" if self.kind.reads == "text" else self.kind.reads
         seen = reads or ("images" if self.kind.measure in ("pairs", "image-text") else "")
         if self.request.media is not None and not seen:
             raise EvaluationError(
@@ -143,7 +143,7 @@ class _Maker:
         """How models of this kind are compared."""
         seed = self.request.seed
         if self.kind.measure == "states":
-            return States(Pooling.read(self.reference.directory) if self.needs.modality == "text" else None)
+            return States(Pooling.read(self.reference.directory) if self.kind.reads == "text" else None)
         if self.kind.measure == "masked":
             tokenizer = self.tokenizer
             if tokenizer.mask_token_id is None:

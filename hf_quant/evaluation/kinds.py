@@ -22,11 +22,13 @@ class Kind:
         auto_class: the name of the transformers class that loads it.
         task: the Hub's name of what it does.
         measure: how ``evaluate`` compares it with its float model; None where there is no measure.
+        reads: what its main input is.
     """
 
     auto_class: str
     task: str | None
     measure: Measure | None
+    reads: Literal["text", "images", "audio"] = "text"
 
     @property
     def answers_text(self) -> bool:
@@ -100,16 +102,23 @@ def kind_of(architecture: str, config: Any = None) -> Kind:
     if config is not None and kinds and kinds[0].measure == "causal" and reads_ahead(config):
         kinds = kinds[1:] or [replace(kinds[0], measure=None)]
     found = kinds[0] if kinds else _UNKNOWN
+    found = replace(found, reads=_reads(str(getattr(getattr(transformers, architecture, None), "main_input_name", ""))))
     paired = bool(getattr(config, "is_encoder_decoder", False))
     if found.measure == "states":
-        reads = str(getattr(getattr(transformers, architecture, None), "main_input_name", ""))
-        task = "image-feature-extraction" if reads == "pixel_values" else found.task
+        task = "image-feature-extraction" if found.reads == "images" else found.task
         return replace(found, task=task, measure=None if paired else found.measure)
     if config is not None and (
         (found.measure == "speech" and not paired) or (found.measure in ("causal", "image-text") and paired)
     ):
         return replace(found, measure=None)  # audio models of another shape, and image models with an encoder for text
     return found
+
+
+def _reads(main_input: str) -> Literal["text", "images", "audio"]:
+    """What the input of that name holds."""
+    if main_input.startswith("pixel_values"):
+        return "images"
+    return "audio" if main_input in ("input_features", "input_values", "audio_values") else "text"
 
 
 def _registers(mapping: Mapping[str, Any], architecture: str) -> bool:

@@ -87,7 +87,7 @@ def evaluate(
             call that.
         windows: windows per text, images or clips; at least 2. Default 16, of encoders, classifiers and models of
             images 128.
-        length: tokens per window; default 512, of encoder-decoders 256, of encoders 128.
+        length: tokens per window; default (None or 0) 512, of encoder-decoders 256, of encoders 128.
         dtype: of both models during the accuracy pass; default float32, or the dtype of a reference in memory.
         device: default ``cpu``.
         seed: of the choice of windows and of the bootstrap.
@@ -117,7 +117,7 @@ def evaluate(
         raise EvaluationError(f"{asked} for a model in memory.", "load it with that, or pass a directory.")
     for name, value, least in (
         ("windows", windows, 2),
-        ("length", length, 2),
+        ("length", length or None, 2),
         ("bootstrap_samples", bootstrap_samples, 1),
     ):
         if value is not None and value < least:

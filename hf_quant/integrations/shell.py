@@ -21,13 +21,18 @@ METHOD = "hf_quant_shell"
 
 
 class Absent(nn.Module):
-    """Stands where a linear layer was: its bias, but no weight."""
+    """Stands where a linear layer was: its bias and its sizes, but no weight."""
 
-    def __init__(self, bias: torch.Tensor | None) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
+        bias = layer.bias if isinstance(layer.bias, torch.Tensor) else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(torch.empty_like(bias)))
-        # no parameter: for models that ask a layer for the dtype of its weight
-        self.weight = torch.empty(0, device="meta")
+        # no parameter: for models that ask a layer for the dtype of its weight, or initialize it
+        self.weight = torch.empty(layer.weight.shape, device="meta")
+        setattr(self.weight, "_is_hf_initialized", True)  # noqa: B010 - no attribute that the type checker knows
+        for size in ("in_features", "out_features"):
+            if hasattr(layer, size):
+                setattr(self, size, getattr(layer, size))
 
 
 class FileWeights:
@@ -71,9 +76,7 @@ class _ShellQuantizer(ExpertsLoader):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         split_experts(model, self.quantization_config.absent)
         for name in self.quantization_config.absent:
-            module = model.get_submodule(name)
-            bias = module.bias
-            model.set_submodule(name, Absent(bias if isinstance(bias, torch.Tensor) else None))
+            model.set_submodule(name, Absent(model.get_submodule(name)))
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {r"\.weight$"}
 
