@@ -87,10 +87,11 @@ def load_calibration(
         rows = loader.media(kind, Path(rest).expanduser())
         label = f"{kind}:{Path(rest).name}"
     else:
-        if needs.modality != "text":
+        if needs.modality != "text" or needs.pairs:
+            reads = "images and captions" if needs.pairs else needs.modality
             raise CalibrationError(
-                f"{needs.model_class.__name__} reads {needs.modality}, it cannot be calibrated on {named!r}.",
-                f"give a folder: {'images' if needs.modality == 'image' else 'audio'}:DIR, or use no data: preset fast.",
+                f"{needs.model_class.__name__} reads {reads}, it cannot be calibrated on {named!r}.",
+                f"give a folder: {'audio' if needs.modality == 'audio' else 'images'}:DIR, or use no data: preset fast.",
             )
         rows, label = loader.texts(named)
     if len(rows) < samples:
@@ -203,14 +204,18 @@ class _Loader:
     def media(self, kind: str, folder: Path) -> list[dict[str, Tensor]]:
         """Samples of a folder, with the start of the answer for models that have a decoder."""
         wanted = "image" if kind == "images" else "audio"
-        if self.needs.modality != wanted:
+        if self.needs.modality != wanted and not (self.needs.pairs and kind == "images"):
             raise CalibrationError(
                 f"{self.needs.model_class.__name__} reads {self.needs.modality}, it cannot be calibrated on {kind}.",
                 "give text, or batches of your own (from_batches).",
             )
-        processor = _processor(self.processor, self.place, self.needs.modality)
+        processor = _processor(self.processor, self.place, wanted)
         read: Callable[..., list[dict[str, Tensor]]] = image_samples if kind == "images" else sound_samples
         rows = read(folder, processor, samples=self.samples, seed=self.seed, progress=self.progress)
+        if self.needs.pairs:  # no captions are given: the text tower reads passages of the built-in texts
+            self.samples = max(len(rows), len(BUILT_IN))
+            texts, _ = self.texts("+".join(BUILT_IN))
+            return [{**text, **row} for text, row in zip(texts, rows, strict=False)]
         return self._answered(rows, min(self.length, _ANSWER_TOKENS)) if self.needs.kind == "seq2seq" else rows
 
     def _one_text(self, name: str, tokenizer: Any, samples: int, length: int) -> tuple[list[dict[str, Tensor]], str]:

@@ -36,6 +36,12 @@ class Needs:
     model_class: Any
 
     @property
+    def pairs(self) -> bool:
+        """Whether every sample is an image with a text: models with a tower for each, such as CLIP."""
+        towers = all(hasattr(self.model_class, f"get_{tower}_features") for tower in ("image", "text"))
+        return towers and self.kind == "encoder"
+
+    @property
     def start_token(self) -> int:
         """The token that the decoder of an encoder-decoder starts with; raises CalibrationError where none is set."""
         for config in (self.config, self.config.get_text_config(decoder=True)):

@@ -16,8 +16,9 @@ from transformers import AutoConfig
 
 import hf_quant
 from hf_quant import HfQuantConfig
+from hf_quant.calibration import load_calibration
 from hf_quant.card import BaseCard, write_card
-from hf_quant.errors import EvaluationError
+from hf_quant.errors import CalibrationError, EvaluationError
 from hf_quant.evaluation import EvaluationResult, evaluate, evaluate_directory, synthetic
 from hf_quant.evaluation.answers import edits
 from hf_quant.evaluation.encoders import Pooling, cosine_distance
@@ -129,12 +130,12 @@ def test_own_images(made, tmp_path):
         evaluate(out, source, texts=["docs"], **QUICK)
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "whisper", "wav2vec2", "vit"])
+@pytest.mark.parametrize("name", ["bert", "t5", "whisper", "wav2vec2", "vit", "clip", "siglip"])
 def test_calibrated(made, tmp_path, name):
     source, _ = made(name)
     data = tmp_path / "data"
     data.mkdir()
-    kind = {"whisper": "audio", "wav2vec2": "audio", "vit": "images"}.get(name)
+    kind = {"whisper": "audio", "wav2vec2": "audio", "vit": "images", "clip": "images", "siglip": "images"}.get(name)
     if kind:
         (synthetic.sounds if kind == "audio" else synthetic.images)(data, 2, 0)
     calibration = {"source": f"{kind}:{data}" if kind else "docs", "samples": 2, "length": 48, "fold": False}
@@ -142,6 +143,9 @@ def test_calibrated(made, tmp_path, name):
     assert model.config.hf_quant["data"]["samples"] == 2
     methods = {row["method"] for row in json.loads((tmp_path / "out" / "hf_quant.json").read_text())["plan"]}
     assert "gptq" in methods
+    if name == "clip":
+        with pytest.raises(CalibrationError, match="reads images and captions"):
+            load_calibration("docs", directory=source)
 
 
 def test_kinds_are_told_by_their_classes():
