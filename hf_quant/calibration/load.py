@@ -89,9 +89,10 @@ def load_calibration(
     else:
         if needs.modality != "text" or needs.pairs:
             reads = "images and captions" if needs.pairs else needs.modality
+            folder = "audio" if needs.modality == "audio" else "images"
             raise CalibrationError(
                 f"{needs.model_class.__name__} reads {reads}, it cannot be calibrated on {named!r}.",
-                f"give a folder: {'audio' if needs.modality == 'audio' else 'images'}:DIR, or use no data: preset fast.",
+                f"give a folder: {folder}:DIR, or use no data: preset fast.",
             )
         rows, label = loader.texts(named)
     if len(rows) < samples:
