@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import copy
 import json
-import pickle
 import os
 import pickle
 import shutil
