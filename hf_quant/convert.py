@@ -26,6 +26,7 @@ from hf_quant.checkpoint import (
 from hf_quant.errors import CheckpointError, ConfigError, DependencyError, FormatError
 from hf_quant.formats import FORMATS, awq, bitsandbytes, compressed_tensors, format_of, gguf, gptq
 from hf_quant.integrations.published import PublishedConfig, model_dtype
+from hf_quant.kernels import registry
 from hf_quant.nn.swap import quantized_modules
 from hf_quant.plan_bytes import restated
 from hf_quant.provenance import KEY, STOCK, plan_rows
@@ -62,6 +63,7 @@ def convert(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     round_scales: bool = False,
+    activations: str = registry.FLOAT,
 ) -> Conversion:
     """Re-pack a checkpoint; codes, scales and zero points keep their values.
 
@@ -72,9 +74,10 @@ def convert(
         overwrite: replace an existing checkpoint.
         trust_remote_code: run model code that comes with the checkpoint.
         round_scales: for GGUF, allow scales and offsets to be rounded to float16; the notes say what it changed.
+        activations: for ONNX, ``int8`` lets onnxruntime round the inputs of 4-bit layers to 8 bits, which is faster.
 
     Raises:
-        ConfigError: an unknown target, or ``round_scales`` for one that does not round.
+        ConfigError: an unknown target, or ``round_scales`` or ``activations`` for one that has no such choice.
         DependencyError: the target needs a package that is not installed.
         CheckpointError: not a quantized checkpoint, damaged, or one that our runtime does not hold.
         FormatError: the target cannot hold a layer exactly; the layer and the reason are named.
@@ -84,6 +87,8 @@ def convert(
         raise ConfigError(f"{to!r} is not a format to convert to.", f"use one of {', '.join(NAMES)}.")
     if round_scales and to != gguf.NAME:
         raise ConfigError(f"{to} rounds no scales.", f"drop round_scales, or convert to {gguf.NAME}.")
+    if registry.check_activations(activations) != registry.FLOAT and to != "onnx":
+        raise ConfigError(f"{to} says nothing of activations.", "drop activations, or convert to onnx.")
     source, output = Path(directory), Path(output_dir)
     check_directory(source)
     check_output(output, overwrite)
@@ -94,7 +99,9 @@ def convert(
     # the layout in which tensors are stored: another one would only be undone
     model = api.load(source, kernel="reference", trust_remote_code=trust_remote_code)
     if to in EXPORTS:
-        options = {"round_scales": True} if round_scales else {}
+        options: dict[str, Any] = {"round_scales": True} if round_scales else {}
+        if activations != registry.FLOAT:
+            options["activations"] = activations
         return _export(model, source, output, stored, to, overwrite, trust_remote_code=trust_remote_code, **options)
     target, notes = TARGETS[to](model)
     before = getattr(model.config, KEY, None) or {"version": __version__}

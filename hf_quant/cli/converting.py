@@ -26,6 +26,9 @@ def convert(
     round_scales: Annotated[
         bool, typer.Option("--round-scales", help="GGUF: scales may be rounded to float16; says what it changed.")
     ] = False,
+    activations: Annotated[
+        str, typer.Option("--activations", help="ONNX: int8 lets 4-bit layers round their inputs, which is faster.")
+    ] = "float",
     json: o.Json = False,
 ) -> None:
     """Put a quantized checkpoint into another format: the same weights, packed differently, never quantized again.
@@ -54,7 +57,7 @@ def convert(
     from hf_quant.convert import convert as run
 
     options = {"overwrite": overwrite, "trust_remote_code": trust_remote_code, "round_scales": round_scales}
-    done = run(directory, output, to, **options)
+    done = run(directory, output, to, activations=activations, **options)
     if json:
         print_json(asdict(done))
         return

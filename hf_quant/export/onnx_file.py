@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_quant.export import Written, onnx_graph, onnx_layers
+from hf_quant.kernels import registry
 from hf_quant.version import __version__
 
 FILE = "model.onnx"
@@ -18,7 +19,13 @@ WEIGHTS = "model.onnx_data"
 
 
 def write(
-    model: PreTrainedModel, source: Path, directory: Path, stem: str, *, trust_remote_code: bool = False
+    model: PreTrainedModel,
+    source: Path,
+    directory: Path,
+    stem: str,
+    *,
+    trust_remote_code: bool = False,
+    activations: str = registry.FLOAT,
 ) -> Written:
     """Write ``model.onnx``, ``model.onnx_data`` and the configs.
 
@@ -28,12 +35,13 @@ def write(
         directory: where the files go; exists.
         stem: a name for the model (not used: optimum looks for ``model.onnx``).
         trust_remote_code: nothing of the checkpoint's code is run here.
+        activations: ``int8`` lets onnxruntime round the inputs of 4-bit layers to 8 bits.
 
     Raises:
         FormatError: the nodes of onnxruntime cannot hold a layer, or the model cannot be traced.
         DependencyError: a package of the extra ``onnx`` is missing.
     """
-    onnx_layers.put_nodes(model)
+    onnx_layers.put_nodes(model, activations != registry.FLOAT)
     nn.Module.float(model).eval()  # transformers' own refuses models that were quantized
     program, task = onnx_graph.trace(model)
     program.producer_name, program.producer_version = "hf-quant", __version__

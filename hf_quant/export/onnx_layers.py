@@ -20,11 +20,9 @@ import torch
 from torch import nn
 
 from hf_quant.errors import FormatError
-from hf_quant.kernels import registry
 from hf_quant.nn.embedding import QuantEmbedding
 from hf_quant.nn.experts import SplitExperts
 from hf_quant.nn.linear import QuantLinear
-from hf_quant.nn.packed import PackedWeight
 from hf_quant.nn.swap import quantized_modules, shared_heads
 from hf_quant.tensor import QuantizedTensor, pack_codes
 
@@ -46,8 +44,12 @@ def holds(tensor: QuantizedTensor, looked_up: bool = False) -> str | None:
     return None
 
 
-def put_nodes(model: nn.Module) -> int:
-    """Replace every quantized layer by one that :func:`torch.onnx.export` writes as nodes; returns how many.
+def put_nodes(model: nn.Module, int8_inputs: bool = False) -> None:
+    """Replace every quantized layer by one that :func:`torch.onnx.export` writes as nodes.
+
+    Args:
+        model: quantized by hf-quant.
+        int8_inputs: allow 4-bit layers to round their inputs to 8 bits.
 
     Raises:
         FormatError: the nodes cannot hold a layer exactly; all layers are looked at before any is replaced.
@@ -65,23 +67,18 @@ def put_nodes(model: nn.Module) -> int:
         if reason is not None:
             raise FormatError(f"{name} cannot be converted: {reason}.", _ANOTHER)
     for name, head in heads.items():
-        model.set_submodule(name, linear(head.table.quantized(), head.bias, _rounds(head.table)))
+        model.set_submodule(name, linear(head.table.quantized(), head.bias, int8_inputs))
     for name, layer in layers.items():
         if isinstance(layer, QuantEmbedding):
             model.set_submodule(name, PackedTable(layer.quantized(), layer.constant))
         else:
             assert isinstance(layer, QuantLinear)
-            model.set_submodule(name, linear(layer.quantized(), layer.bias, _rounds(layer)))
-    return len(layers)
+            model.set_submodule(name, linear(layer.quantized(), layer.bias, int8_inputs))
 
 
 def linear(tensor: QuantizedTensor, bias: torch.Tensor | None, int8_inputs: bool) -> nn.Module:
     """The layer that becomes nodes, for a weight of 4 or 8 bits; ``int8_inputs`` allows rounded inputs (int4)."""
     return NBits(tensor, bias, int8_inputs) if tensor.scheme.bits == 4 else Dequantized(tensor, bias)
-
-
-def _rounds(layer: PackedWeight) -> bool:
-    return registry.activations(layer.activations_request) != registry.FLOAT
 
 
 def block_of(tensor: QuantizedTensor) -> int:
