@@ -87,7 +87,8 @@ def _form(name: str) -> dict[str, Any]:
     """What a task asks and how it is scored."""
     metrics: Sequence[str] = ("acc",)
     if name.startswith(CLOZE):
-        form: dict[str, Any] = {"output_type": "loglikelihood", "doc_to_target": "{{target}}"}
+        # lm-evaluation-harness puts a delimiter before choices, but not before the target of a log-likelihood
+        form: dict[str, Any] = {"output_type": "loglikelihood", "doc_to_target": "{{' ' + target}}"}
     else:
         form = {
             "output_type": "multiple_choice",
