@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import publish, record, recorded
+from measuring import publish, record, recorded  # type: ignore[import-not-found]
 
 import hf_quant
 from hf_quant import HfQuantConfig

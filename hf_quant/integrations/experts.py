@@ -14,7 +14,6 @@ from transformers.quantizers.base import HfQuantizer
 from hf_quant.nn.experts import SplitExperts, split_fused
 from hf_quant.nn.splitting import fuse_experts, merged_leaves, split_experts, split_modules
 
-
 _MODEL_UNNAMED = "model" not in inspect.signature(HfQuantizer.update_weight_conversions).parameters
 
 
