@@ -12,7 +12,9 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 USER, ORG = "tester", "org"
 WRITE_TOKEN, READ_TOKEN = "hf_loopback-write", "hf_loopback-read"  # a dash: no real token has one
@@ -56,6 +60,8 @@ class Repo:
 
     name: str
     private: bool
+    gated: str | bool = False
+    pulls: list[tuple[int, str]] = field(default_factory=list)  # open pull requests: number and title
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
@@ -86,7 +92,8 @@ class Hub:
     """The state of the server and what a test may look at or change.
 
     Attributes:
-        calls: how often each kind of call arrived (the names of :data:`ROUTES`).
+        calls: how often each kind of call arrived (the names of :data:`ROUTES`); ``log`` has them in their order.
+        granted: tokens that may read gated repositories.
         after_commit: called with the repository and its new commit before the answer leaves.
     """
 
@@ -94,7 +101,9 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.tokens = {WRITE_TOKEN: "write", READ_TOKEN: "read"}
+        self.granted = {WRITE_TOKEN}
         self.calls: Counter[str] = Counter()
+        self.log: list[str] = []
         self.after_commit: Callable[[Repo, str], None] | None = None
         self.lock = threading.RLock()
         self.faults: list[tuple[str, int, str]] = []
@@ -102,8 +111,9 @@ class Hub:
     def fail(self, kind: str, nth: int, action: str) -> None:
         """Let the nth call of a kind, counted from now, fail.
 
-        ``action``: an HTTP status ("500"), "drop" (the connection closes before the call has an effect) or "lost" (the
-        call has its effect, but its answer never arrives).
+        ``action``: an HTTP status ("500"), "reset" (the connection is reset while the request is sent), "drop" (it
+        closes before the call has an effect), "lost" (the call has its effect, but its answer never arrives) or "slow"
+        (the request is read, and its answer sent, in small pieces).
         """
         with self.lock:
             self.faults.append((kind, self.calls[kind] + nth, action))
@@ -111,6 +121,7 @@ class Hub:
     def fault_of(self, kind: str) -> str | None:
         with self.lock:
             self.calls[kind] += 1
+            self.log.append(kind)
             fired = [fault for fault in self.faults if fault[:2] == (kind, self.calls[kind])]
             self.faults = [fault for fault in self.faults if fault not in fired]
             return fired[0][2] if fired else None
@@ -126,6 +137,7 @@ class Call:
     body: bytes
     role: str | None
     base: str
+    token: str = ""
 
     @property
     def json(self) -> Any:
@@ -175,10 +187,38 @@ def create_repo(call: Call) -> Any:
 
 
 def info(call: Call) -> Any:
-    sha = call.repo.at(call.revision)
-    siblings = [{"rfilename": name} for name in sorted(call.repo.files(sha))]
-    rest = {"tags": [], "downloads": 0, "likes": 0, "createdAt": NOW, "lastModified": NOW}
-    return {"id": call.repo.name, "sha": sha, "private": call.repo.private, "siblings": siblings, **rest}
+    """As the Hub does, what it shows of a model comes from the metadata of its card."""
+    repo, sha = call.repo, call.repo.at(call.revision)
+    files = repo.files(sha)
+    card = files["README.md"].content.decode() if "README.md" in files else ""
+    block = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    data = yaml.safe_load(block[1]) if block else {}
+    index = {"model-index": data.pop("model-index")} if "model-index" in data else {}
+    tags = [*data.get("tags", []), *(f"license:{data['license']}" for _ in range("license" in data))]
+    shown = {"cardData": data, "tags": tags, "pipeline_tag": data.get("pipeline_tag"), **index}
+    siblings = [{"rfilename": name} for name in sorted(files)]
+    rest = {"downloads": 0, "likes": 0, "createdAt": NOW, "lastModified": NOW, "gated": repo.gated}
+    return {"id": repo.name, "sha": sha, "private": repo.private, "siblings": siblings, **shown, **rest}
+
+
+def settings(call: Call) -> Any:
+    call.must_write()
+    if "gated" in call.json:
+        call.repo.gated = call.json["gated"]
+    if "visibility" in call.json:
+        call.repo.private = call.json["visibility"] == "private"
+    return {}
+
+
+def discussions(call: Call) -> Any:
+    repo, author = call.repo, call.query.get("author", [USER])[0]
+    about = {"repo": {"name": repo.name, "type": "model"}, "author": {"name": USER}, "createdAt": NOW}
+    found = [
+        {"num": number, "title": title, "status": "open", "isPullRequest": True, **about}
+        for number, title in repo.pulls
+        if author == USER
+    ]
+    return {"discussions": found, "count": len(found), "start": 0}
 
 
 def _entries(files: dict[str, Blob], folder: str) -> list[dict[str, Any]]:
@@ -263,10 +303,11 @@ def commit(call: Call) -> Any:
     call.must_write()
     repo, revision = call.repo, call.revision
     parent = repo.at(revision)
-    files = dict(repo.files(parent))
+    files, title = dict(repo.files(parent)), ""
     for line in call.body.splitlines():
         key, value = (item := json.loads(line))["key"], item["value"]
         if key == "header":
+            title = value["summary"]
             if value.get("parentCommit") not in (None, parent):
                 raise Refused(412, "A commit has happened since. Please refresh and try again.")
         elif key == "file":
@@ -283,6 +324,8 @@ def commit(call: Call) -> Any:
     pull = call.query.get("create_pr") == ["1"]
     number = sum(name.startswith("refs/pr/") for name in repo.refs) + 1
     made = repo.commit(f"refs/pr/{number}" if pull else revision, files)
+    if pull:
+        repo.pulls.append((number, title))
     if call.hub.after_commit is not None:
         call.hub.after_commit(repo, made)
     page = f"{call.base}/{repo.name}"
@@ -294,6 +337,8 @@ def commit(call: Call) -> Any:
 
 
 def resolve(call: Call) -> Any:
+    if call.repo.gated and call.token not in call.hub.granted:
+        raise Refused(403, "Access to this model is restricted", "GatedRepo")
     sha, name = call.repo.at(call.revision), unquote(call.args["path"])
     if name not in call.repo.files(sha):
         raise Refused(404, "Entry not found", "EntryNotFound")
@@ -309,6 +354,8 @@ ROUTES: list[tuple[str, str, str, Callable[[Call], Any]]] = [
     ("yaml", "POST", r"/api/validate-yaml", validate_yaml),
     ("info", "GET", rf"/api/models/{ID}(/revision/{REV})?", info),
     ("tree", "GET", rf"/api/models/{ID}/tree/{REV}(/(?P<path>.+))?", tree),
+    ("settings", "PUT", rf"/api/models/{ID}/settings", settings),
+    ("discussions", "GET", rf"/api/models/{ID}/discussions", discussions),
     ("branch", "POST", rf"/api/models/{ID}/branch/(?P<branch>[^/]+)", branch),
     ("preupload", "POST", rf"/api/models/{ID}/preupload/{REV}", preupload),
     ("commit", "POST", rf"/api/models/{ID}/commit/{REV}", commit),
@@ -328,11 +375,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         method = "GET" if self.command == "HEAD" else self.command
         matching = ((k, f, re.fullmatch(p, url.path)) for k, m, p, f in ROUTES if m == method)
         kind, function, match = next(((k, f, m) for k, f, m in matching if m), ("unknown", None, None))
         fault = self.hub.fault_of(kind)
+        length = int(self.headers.get("Content-Length") or 0)
+        if fault == "reset":
+            self.rfile.read(length // 2)
+            return self._reset()
+        step = max(1, length // 8) if fault == "slow" else max(1, length)
+        body = b""
+        while len(body) < length and (piece := self.rfile.read(min(step, length - len(body)))):
+            body += piece
+            time.sleep(0.02 if fault == "slow" else 0)
         if fault == "drop":
             return self._hang_up()
         try:
@@ -340,11 +395,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(int(fault), "injected fault")
             if function is None or match is None:
                 raise Refused(404, f"this Hub does not know {self.command} {url.path}")
-            role = self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            role = self.hub.tokens.get(token)
             args = {key: value for key, value in match.groupdict().items() if value is not None}
             with self.hub.lock:
                 base = f"http://{self.headers['Host']}"
-                result = function(Call(self.hub, args, parse_qs(url.query), body, role, base))
+                result = function(Call(self.hub, args, parse_qs(url.query), body, role, base, token))
             answer = result if isinstance(result, Answer) else Answer(result)
         except Refused as refused:
             code = {"X-Error-Code": refused.code} if refused.code else {}
@@ -366,6 +422,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def _reset(self) -> None:
+        """Close with a reset (RST) instead of an orderly end, as a network that breaks does."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
 
     def _hang_up(self) -> None:
         self.close_connection = True

@@ -24,6 +24,7 @@ from hf_quant.checkpoint.contents import HUB_LEFTOVERS, belongs, list_files, mat
 from hf_quant.checkpoint.headers import checkpoint_root, contained
 from hf_quant.errors import CheckpointError, HubError
 from hf_quant.evaluation.results import EvaluationResult
+from hf_quant.verification.card import require_card
 
 MAX_FILE_BYTES = 50 * 10**9  # larger files cannot be fetched from the Hub over plain HTTP
 _IMAGES = (".png", ".svg")
@@ -67,7 +68,7 @@ def check_publishable(directory: Path | str, include: Sequence[str] = ()) -> Pub
 
     Raises:
         CheckpointError: incomplete, damaged, or not what its manifest records.
-        CardError: the card's metadata or images are wrong.
+        CardError: the card's metadata or images are wrong, or it says what the recorded results do not give.
         EvaluationError: evaluation.json is not a results file.
         HubError: no card, a stray file, a secret, a private format, results of another checkpoint, a file too large.
     """
@@ -81,12 +82,17 @@ def check_publishable(directory: Path | str, include: Sequence[str] = ()) -> Pub
     manifest = require_verified(directory)
     digest = checkpoint_digest(directory)
     _check_results(directory, digest)
+    require_card(directory)
     files = dict(manifest.files)
     for name in names:
         if name not in files:
-            path = directory / name
-            files[name] = FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
+            files[name] = file_entry(directory / name)
     return Publishable(directory, {name: files[name] for name in names}, digest)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and digest of a file as it is now."""
+    return FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
 
 
 def find_secret(data: bytes) -> tuple[str, int] | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -17,23 +15,31 @@ from huggingface_hub import (
     get_token,
     hf_hub_url,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, validate_repo_id
 
-from hf_quant.card import with_repo_id
-from hf_quant.checkpoint import MANIFEST_FILE, README_FILE, atomic_write
+from hf_quant.card import record_card, with_repo_id
+from hf_quant.checkpoint import MANIFEST_FILE, README_FILE, atomic_write, read_manifest
 from hf_quant.checkpoint.contents import HUB_LEFTOVERS, belongs, matches
-from hf_quant.errors import HfQuantError, HubError
-from hf_quant.hub.check import Publishable, check_publishable
+from hf_quant.errors import HubError
+from hf_quant.hub.check import Publishable, check_publishable, file_entry
+from hf_quant.hub.remote import (
+    LOGIN,
+    MAIN,
+    Gated,
+    check_replaceable,
+    check_token,
+    prepare,
+    pull_request_with,
+    same,
+    talking,
+    tree,
+)
+from hf_quant.verification.card import card_inputs
 from hf_quant.version import __version__
 
-MAIN = "main"
 # A text of the license is not made by quantizing, so one that is only on the Hub stays there.
 _KEEP = ("LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*")
-_AGAIN = "run the same command again: nothing was published half, and what was uploaded is not sent twice."
-
-_LOGIN = "run `hf auth login` with a token that can write, or set HF_TOKEN."
 _VERIFY_AGAIN = "all was uploaded, but not verified: run the same command again, which sends nothing twice."
 
 
@@ -81,14 +87,19 @@ class PushReport:
         return f"published {whole} ({sent}) to {self.pull_request or self.url}, commit {self.commit}, verified"
 
 
-def _name_card(directory: Path, repo_id: str) -> None:
+def _named(checked: Publishable, repo_id: str) -> Publishable:
     """Let the card's snippets load ``repo_id``: it is often written before the repository has a name."""
-    path = directory / README_FILE
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        named = with_repo_id(text, repo_id)
-        if named != text:
-            atomic_write(path, named)
+    path = checked.directory / README_FILE
+    text = path.read_text(encoding="utf-8")
+    named = with_repo_id(text, repo_id)
+    if named == text:
+        return checked
+    atomic_write(path, named)
+    recorded = read_manifest(checked.directory).evidence.card
+    if recorded is not None:
+        record_card(checked.directory, replace(card_inputs(recorded), repo_id=repo_id))
+    changed = {name: file_entry(checked.directory / name) for name in (README_FILE, MANIFEST_FILE)}
+    return replace(checked, files={**checked.files, **changed})
 
 
 def push(
@@ -103,6 +114,8 @@ def push(
     create_pr: bool = False,
     overwrite: bool = False,
     include: Sequence[str] = (),
+    gated: Gated | None = None,
+    commit_description: str | None = None,
 ) -> PushReport:
     """Publish a checkpoint of ours on the Hub.
 
@@ -117,9 +130,12 @@ def push(
         dry_run: check only, touch no network, need no token.
         token: default: the one of ``hf auth login`` or HF_TOKEN.
         commit_message: default: names the version of hf-quant.
-        create_pr: open a pull request instead of committing.
+        create_pr: open a pull request instead of committing; one of yours that holds exactly this is found again.
         overwrite: replace a model on main that hf-quant did not put there.
         include: names of additional files to publish.
+        gated: who wants the files has to ask: ``auto`` grants it at once, ``manual`` when you do. Set before anything
+            is uploaded. None leaves it as it is.
+        commit_description: the longer text of the commit.
 
     Raises:
         CheckpointError, CardError, EvaluationError, HubError: what is not fit to be published, before anything is sent.
@@ -134,24 +150,28 @@ def push(
     revision = revision or MAIN
     token = token or get_token()
     if token is None and not dry_run:  # known before a large checkpoint is hashed
-        raise HubError("there is no token for the Hub.", _LOGIN)
-    if not dry_run and "/" in repo_id:
-        _name_card(Path(directory), repo_id)
-    checked = check_publishable(directory, include)
-    sizes = {name: entry.bytes for name, entry in checked.files.items()}
-    if dry_run:
-        return PushReport(repo_id, revision, checked.digest, sizes, uploaded=tuple(sizes), dry_run=True)
+        raise HubError("there is no token for the Hub.", LOGIN)
     api = HfApi(token=token, library_name="hf-quant", library_version=__version__)
-    name = _check_token(api)
-    repo_id = repo_id if "/" in repo_id else f"{name}/{repo_id}"
-    head = _prepare(api, repo_id, private, revision, create_pr)
-    remote = _tree(api, repo_id, head)
-    _check_replaceable(repo_id, remote, checked, overwrite or create_pr or revision != MAIN)
-    changed = [name for name in checked.files if not _same(checked, name, remote.get(name))]
+    user = "" if dry_run else check_token(api)
+    checked = check_publishable(directory, include)
+    if dry_run:
+        sizes = {name: entry.bytes for name, entry in checked.files.items()}
+        return PushReport(repo_id, revision, checked.digest, sizes, uploaded=tuple(sizes), dry_run=True)
+    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    checked = _named(checked, repo_id)
+    head = prepare(api, repo_id, private, revision, gated)
+    pull_request = None
+    if create_pr and (open_one := pull_request_with(api, repo_id, user, checked)):
+        revision, head, pull_request = open_one
+    remote = tree(api, repo_id, head)
+    check_replaceable(repo_id, remote, checked, overwrite or create_pr or revision != MAIN)
+    changed = [name for name in checked.files if not same(checked, name, remote.get(name))]
     stale = [name for name in remote if belongs(name) and name not in checked.files and not matches(name, _KEEP)]
-    commit, pull_request = head, None
+    if pull_request is not None:
+        stale = []  # it holds all of this; what else it holds is for its discussion
+    commit = head
     if changed or stale:
-        with _talking(f"the upload to {repo_id}"):
+        with talking(f"the upload to {repo_id}"):
             made = api.create_commit(
                 repo_id,
                 [
@@ -159,6 +179,7 @@ def push(
                     *(CommitOperationDelete(name) for name in stale),
                 ],
                 commit_message=commit_message or f"Checkpoint quantized with hf-quant {__version__}",
+                commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=head,
@@ -170,7 +191,7 @@ def push(
         repo_id,
         revision,
         checked.digest,
-        sizes,
+        {name: entry.bytes for name, entry in checked.files.items()},
         uploaded=tuple(changed),
         deleted=tuple(stale),
         foreign=tuple(
@@ -192,9 +213,9 @@ def verify(api: HfApi, repo_id: str, commit: str, checked: Publishable) -> None:
     Raises:
         HubError: naming every file that is missing or different.
     """
-    remote = _tree(api, repo_id, commit)
-    wrong = [name for name in checked.files if not _same(checked, name, remote.get(name))]
-    with _talking(f"reading back {repo_id}", _VERIFY_AGAIN):
+    remote = tree(api, repo_id, commit)
+    wrong = [name for name in checked.files if not same(checked, name, remote.get(name))]
+    with talking(f"reading back {repo_id}", _VERIFY_AGAIN):
         for name, entry in checked.files.items():
             if name in wrong:
                 continue
@@ -215,89 +236,3 @@ def verify(api: HfApi, repo_id: str, commit: str, checked: Publishable) -> None:
             f"what {repo_id} has at {commit[:12]} is not what was sent: {', '.join(wrong)}.",
             "push again; if it happens again, look at the commit on the Hub before anybody uses it.",
         )
-
-
-def _check_token(api: HfApi) -> str:
-    """The name of the user whom the token belongs to; raises HubError when it is invalid or cannot write."""
-    with _talking("checking the token", _LOGIN):
-        user = api.whoami()
-    access = user.get("auth", {}).get("accessToken", {})
-    scopes = access.get("fineGrained", {})
-    granted = {p for scope in scopes.get("scoped", []) for p in scope.get("permissions", [])} | set(
-        scopes.get("global", [])
-    )
-    role = access.get("role")
-    if role == "read" or (role == "fineGrained" and not any("write" in permission for permission in granted)):
-        raise HubError(f"the token of {user['name']} can only read.", _LOGIN)
-    return str(user["name"])
-
-
-def _prepare(api: HfApi, repo_id: str, private: bool, revision: str, create_pr: bool) -> str:
-    """Make the repository and the branch where they are missing; returns the commit that the push builds on."""
-    with _talking(f"creating {repo_id}"):
-        # None lets an organization's own default stand; False would make a repository public against it.
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        info = api.model_info(repo_id)
-        if private and not info.private:
-            raise HubError(
-                f"{repo_id} exists and is public, but a private one was asked for.",
-                "make it private in its settings on the Hub, or choose another repo id.",
-            )
-        if revision != MAIN and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if revision != MAIN:
-            info = api.model_info(repo_id, revision=revision)
-    if info.sha is None:
-        raise HubError(f"the Hub names no commit of {repo_id} at {revision}.", _AGAIN)
-    return info.sha
-
-
-def _tree(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
-    with _talking(f"listing {repo_id}"):
-        entries = api.list_repo_tree(repo_id, revision=commit, recursive=True)
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-
-def _check_replaceable(repo_id: str, remote: dict[str, RepoFile], checked: Publishable, allowed: bool) -> None:
-    """Raise HubError when main holds a model that is not ours, such as the float one."""
-    weights = [name for name in remote if name.endswith((".safetensors", ".bin", ".gguf"))]
-    if weights and MANIFEST_FILE not in remote and not allowed:
-        raise HubError(
-            f"{repo_id} already holds a model that hf-quant did not publish ({weights[0]}).",
-            "choose another repo id, push to a branch with --revision, or pass --overwrite to replace it.",
-        )
-
-
-def _same(checked: Publishable, name: str, remote: RepoFile | None) -> bool:
-    """Whether the Hub's listing of a file agrees with the local one, by size and digest."""
-    entry = checked.files[name]
-    if remote is None or remote.size != entry.bytes:
-        return False
-    if remote.lfs is not None:
-        return bool(remote.lfs.sha256 == entry.sha256)
-    content = (checked.directory / name).read_bytes()  # not LFS, so at most 10 MB
-    return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
-
-
-@contextmanager
-def _talking(what: str, fix: str = _AGAIN) -> Iterator[None]:
-    """Turns what goes wrong between us and the Hub into a HubError."""
-    try:
-        yield
-    except HfQuantError:
-        raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        response: Any = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-        status = None if response is None else response.status_code
-        if status in (401, 403) and fix is _AGAIN:
-            fix = "check that the repo id is right and that the token may write to it (`hf auth login`)."
-        elif status in (409, 412) and fix is _AGAIN:
-            fix = "somebody else changed the repository meanwhile: look at it, then run the same command again."
-        reasons = dict.fromkeys(_first_lines(reason) for reason in (error, error.__cause__) if reason is not None)
-        raise HubError(f"{what} failed: {' because of '.join(reasons)}.", fix) from error
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = " ".join(lines[:2]) if lines else type(error).__name__
-    return message.rstrip(".")

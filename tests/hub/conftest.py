@@ -43,6 +43,20 @@ def snapshot(repo_id, token=None, revision=None):
     from huggingface_hub import snapshot_download
     return snapshot_download(repo_id, token=token, revision=revision)
 
+def show(repo_id):
+    from huggingface_hub import model_info
+    info = model_info(repo_id)
+    results = [
+        [result["dataset"]["type"], metric["type"], metric["value"]]
+        for entry in info.model_index for result in entry["results"] for metric in result["metrics"]
+    ]
+    base = info.card_data.base_model
+    return {"tags": info.tags, "base_model": base, "pipeline_tag": info.pipeline_tag, "results": results}
+
+def verify(source, **arguments):
+    from hf_quant import verify
+    return verify(source, progress=False, **arguments).plain()
+
 def check(directory):
     from hf_quant.checkpoint import check_directory, read_headers
     check_directory(directory)
@@ -89,14 +103,15 @@ class World:
         hub, url: the state of the Hub and its address.
         write_token, read_token: what it knows.
         call: ``call(name, **arguments)`` runs a function of the worker.
+        stderr: what the worker wrote there since it was asked last.
     """
 
     Blob = loopback.Blob
     write_token: str = loopback.WRITE_TOKEN
     read_token: str = loopback.READ_TOKEN
 
-    def __init__(self, hub: Any, url: str, call: Callable[..., Any]) -> None:
-        self.hub, self.url, self.call = hub, url, call
+    def __init__(self, hub: Any, url: str, call: Callable[..., Any], stderr: Callable[[], str]) -> None:
+        self.hub, self.url, self.call, self.stderr = hub, url, call, stderr
 
     def push(self, directory: Path, repo_id: str = "tester/tiny", **arguments: Any) -> dict[str, Any]:
         """Push in the worker; the report as a dictionary, with its text."""
@@ -123,9 +138,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with loopback.running() as (url, hub):
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
         environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-        with subprocess.Popen(
-            [sys.executable, "-c", _WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        ) as worker:
+        told = home / "stderr.txt"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with (
+            told.open("w") as errors,
+            subprocess.Popen(
+                [sys.executable, "-c", _WORKER], stderr=errors, text=True, env=environment, **pipes
+            ) as worker,
+        ):
             assert worker.stdin is not None and worker.stdout is not None
 
             def call(do: str, **arguments: Any) -> Any:
@@ -136,7 +156,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                     raise Failed(answer["error"], answer["text"])
                 return answer["result"]
 
-            yield World(hub, url, call)
+            def stderr() -> str:
+                nonlocal read
+                text = told.read_text(encoding="utf-8", errors="replace")
+                read, new = len(text), text[read:]
+                return new
+
+            read = 0
+            yield World(hub, url, call, stderr)
             worker.stdin.close()
 
 
@@ -144,7 +171,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def _fresh_hub(request: pytest.FixtureRequest) -> None:
     if "world" in request.fixturenames:
         hub = request.getfixturevalue("world").hub
-        for state in (hub.repos, hub.objects, hub.calls, hub.faults):
+        for state in (hub.repos, hub.objects, hub.calls, hub.log, hub.faults):
             state.clear()
         hub.after_commit = None
 
