@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from hf_quant.errors import CardError
 from hf_quant.evaluation.results import Interval
 
 # An absolute path with at least two parts (POSIX), a drive or share (Windows), or a file URL. A URL's path does not
@@ -147,11 +148,9 @@ class LayerRow:
         return self.planned_bytes if self.stored_bytes is None else self.stored_bytes
 
 
-def layer_rows(rows: Iterable[Mapping[str, Any]], tensors: Mapping[str, int] | None = None) -> list[LayerRow]:
-    """Plan rows joined with the bytes of the checkpoint's tensors (name -> bytes); a tensor belongs to the longest row
-    name that it starts with."""
-    parsed = [
-        LayerRow(
+def _layer_row(row: Mapping[str, Any]) -> LayerRow:
+    try:
+        return LayerRow(
             name=str(row["name"]),
             kind=str(row["kind"]),
             shape=tuple(int(size) for size in row["shape"]),
@@ -162,8 +161,17 @@ def layer_rows(rows: Iterable[Mapping[str, Any]], tensors: Mapping[str, int] | N
             float_bytes=int(row["float_bytes"]),
             planned_bytes=int(row["planned_bytes"]),
         )
-        for row in rows
-    ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CardError(
+            f"the plan's row of {row.get('name')!r} is not whole ({type(error).__name__}: {error}).",
+            "restore the manifest, or quantize again.",
+        ) from error
+
+
+def layer_rows(rows: Iterable[Mapping[str, Any]], tensors: Mapping[str, int] | None = None) -> list[LayerRow]:
+    """Plan rows joined with the bytes of the checkpoint's tensors (name -> bytes); a tensor belongs to the longest row
+    name that it starts with."""
+    parsed = [_layer_row(row) for row in rows]
     if tensors is None:
         return parsed
     names = {row.name for row in parsed}

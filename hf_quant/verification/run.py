@@ -15,6 +15,7 @@ from hf_quant.checkpoint import (
     Manifest,
     checkpoint_digest,
     is_ours,
+    is_sealed,
     read_manifest,
     verify_manifest,
 )
@@ -129,11 +130,16 @@ def _checks(
             progress=progress,
         )
 
+    def card() -> _Outcome:
+        if not is_sealed(directory, manifest):
+            return [note("card", "card", f"not made again: {MANIFEST_FILE}, which says from what, was changed.")], ""
+        return check_card(directory, manifest)
+
     checks: dict[Check, Callable[[], _Outcome]] = {
         "files": files,
         "plan": plan,
         "results": lambda: check_results(directory, manifest),
-        "card": lambda: check_card(directory, manifest),
+        "card": card,
     }
     return {**checks, "metrics": measured} if metrics else checks
 
