@@ -61,7 +61,7 @@ UNRECORDED: tuple[str, ...] = (MANIFEST_FILE, README_FILE, RESULTS_FILE, f"{PLOT
 HUB_LEFTOVERS: tuple[str, ...] = (".gitattributes", ".cache/huggingface/*")
 # endings of what ``hf-quant convert`` writes for others
 EXPORTED: tuple[str, ...] = (".gguf", ".onnx", ".onnx_data", "model.xml", "model.bin", "tokenizer.xml", "tokenizer.bin")
-EXPORTED += ("export.json",)
+EXPORTED += ("export.json", "hf_quant_config.json")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -19,3 +23,11 @@ class Written:
     file: Path
     notes: tuple[str, ...]
     exact: bool = True
+
+
+def float_config(model: PreTrainedModel) -> Any:
+    """A copy of the model's config that says nothing of how hf-quant stored it."""
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config

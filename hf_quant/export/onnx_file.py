@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from onnxscript import ir
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_quant.export import Written, onnx_graph, onnx_layers
+from hf_quant.export import Written, float_config, onnx_graph, onnx_layers
 from hf_quant.kernels import registry
 from hf_quant.version import __version__
 
@@ -46,9 +45,7 @@ def write(
     program, task = onnx_graph.trace(model)
     program.producer_name, program.producer_version = "hf-quant", __version__
     ir.save(program, directory / FILE, external_data=WEIGHTS)
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = float_config(model)
     config.dtype = torch.float32
     config.save_pretrained(directory)
     if model.can_generate() and model.generation_config is not None:
