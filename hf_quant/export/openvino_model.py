@@ -133,8 +133,8 @@ def _standing_in(model: PreTrainedModel, layers: dict[str, PackedWeight]) -> Ite
     index = {id(layer): position for position, layer in enumerate(layers.values())}
     pairs: list[tuple[torch.nn.Module, Callable[..., torch.Tensor]]] = []
     for layer in layers.values():
-        forward = _looking_up if isinstance(layer, QuantEmbedding) else _multiplying
-        pairs.append((layer, forward(layer, index[id(layer)])))
+        at = index[id(layer)]
+        pairs.append((layer, _looking_up(layer, at) if isinstance(layer, QuantEmbedding) else _multiplying(layer, at)))
     pairs += [(head, _multiplying(head, index[id(head.table)])) for _, head in shared_heads(model)]
     with replaced_forwards(pairs):
         yield
