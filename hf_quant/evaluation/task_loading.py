@@ -80,7 +80,8 @@ def load_tasks(specs: Sequence[str | Path], unsafe_code: bool = False) -> Loaded
 
     with quiet_harness():
         found, folders, by_name = _resolve_files(specs)
-        index = TaskManager(include_path=folders or None, include_defaults=bool(by_name or folders))
+        # lm_eval reads all of its 10,000 files to know its own tasks, which takes seconds
+        index = TaskManager(include_path=folders or None, include_defaults=bool(by_name) or not _complete(folders))
         for asked in by_name:
             found += [_Spec(name, name, HARNESS) for name in _known(asked, index)]
         tasks: dict[str, Any] = {}
@@ -181,15 +182,25 @@ def _directory(folder: Path) -> list[_Spec]:
         _say_functions(path, outline)
         if kind == "group":
             groups.append(_Spec(str(outline["group"]), str(outline["group"]), path.name))
-            members.update(
-                part if isinstance(part, str) else str(part.get("task")) for part in outline.get("task") or ()
-            )
+            members.update(_members(outline))
         else:
             tasks.append(_Spec(str(outline["task"]), str(outline["task"]), path.name))
     found = [spec for spec in (*groups, *tasks) if spec.given not in members]
     if not found:
         raise EvaluationError(f"{folder} has no task.", "give a directory with YAML files of lm-evaluation-harness.")
     return found
+
+
+def _complete(folders: Sequence[str]) -> bool:
+    """Whether the groups in these directories name no task from elsewhere."""
+    outlines = [_outline(path) for folder in folders for path in sorted(Path(folder).rglob("*.yaml"))]
+    there = {str(outline[kind]) for outline in outlines if (kind := _kind(outline)) is not None}
+    return all(there.issuperset(_members(outline)) for outline in outlines if _kind(outline) == "group")
+
+
+def _members(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's tasks."""
+    return [part if isinstance(part, str) else str(part.get("task")) for part in group.get("task") or ()]
 
 
 def _known(spec: str, index: Any) -> list[str]:
