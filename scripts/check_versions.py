@@ -24,7 +24,8 @@ from rich.table import Table
 CHECKOUT = Path(__file__).parents[1]
 ENDS = ("oldest", "newest")
 SHOWN = ("torch", "transformers", "accelerate", "huggingface_hub", "compressed-tensors", "bitsandbytes", "peft")
-PLUGGED = ("transformers", "accelerate", "optimum", "compressed-tensors", "bitsandbytes", "peft")
+# without compressed-tensors: its releases each want their own torch, so pip chooses
+PLUGGED = ("transformers", "accelerate", "optimum", "bitsandbytes", "peft")
 REQUIRES = "from importlib.metadata import requires\nfor each in requires('hf-quant'): print(each)"
 
 
