@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,10 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show what would go up; touches no network.")
     ] = False,
+    gated: Annotated[
+        Literal["auto", "manual"] | None,
+        typer.Option(help="Who wants the files has to ask: auto grants it at once, manual when you do."),
+    ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model on main that hf-quant did not put there.")
@@ -32,7 +36,8 @@ def push(
     """Check a checkpoint, upload it, then read back what the Hub has and compare.
 
     Refused: incomplete or changed files, a missing or invalid card, files that do not belong there, anything that looks
-    like a secret. Log in first with `hf auth login`, or set HF_TOKEN. A push that broke off is simply run again.
+    like a secret. Log in first with `hf auth login`, or set HF_TOKEN. A push that broke off is simply run again: what
+    arrived is not sent twice, and a pull request that holds this checkpoint already is found again.
 
     [bold]Examples[/bold]
 
@@ -51,6 +56,7 @@ def push(
         dry_run=dry_run,
         commit_message=commit_message,
         create_pr=create_pr,
+        gated=gated,
         overwrite=overwrite,
         include=tuple(include or ()),
     )

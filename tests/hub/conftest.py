@@ -27,7 +27,11 @@ _SPEC.loader.exec_module(loopback)
 # huggingface_hub reads HF_ENDPOINT and HF_HUB_OFFLINE when it is imported, so pushes happen in a process of their own.
 # One process serves all tests: it answers each line of JSON with one.
 _WORKER = """
-import dataclasses, json, sys
+import dataclasses, json, sys, time, types
+import huggingface_hub.utils._http
+
+# the client waits seconds before it tries something again: not here
+huggingface_hub.utils._http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 
 def push(**arguments):
     from hf_quant.hub import push

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-ACTIONS = ("reset", "drop", "lost", "500", "403")
+ACTIONS = ("reset", "lost", "500", "403")
 # what a push calls, from the first to the last; the test below fails when a push calls anything else
 KINDS = (
     "whoami",
