@@ -36,6 +36,8 @@ def section(runs: Sequence[TaskRun], plot: tuple[str, str] | None = None) -> str
         "by item: lost are items that only the float model has right, won those that only this checkpoint has right, "
         "p is the exact two-sided test that both are equally likely (McNemar).",
     ]
+    if any(row.result.paired and row.result.paired.stderr == 0 for row in rows):
+        lines[-1] += " ± 0 means that no item flipped: with n items, up to about 3 / n of all could (95 %)."
     if said := verdict(rows):
         lines[-1] += f" {said}"
     if plot is not None:

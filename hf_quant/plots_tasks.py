@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_quant.evaluation.task_table import TaskRow
-from hf_quant.plot_frame import FAINT, FLOAT, INK, PALETTE, QUANTIZED, Plot, finished, new_figure, plain_label
+from hf_quant.plot_frame import FAINT, INK, PALETTE, QUANTIZED, Plot, finished, new_figure, plain_label
 
 NAME = "tasks"
 _MOST = 40
@@ -51,7 +51,7 @@ def draw_tasks(rows: Sequence[TaskRow]) -> Plot | None:
             fontsize=8.5,
             color=INK,
         )
-    axes.axvline(100, color=FLOAT, linewidth=1.4, zorder=0)
+    axes.axvline(100, color=INK, linewidth=1.2, linestyle="--", zorder=1)
     labels = [
         f"{plain_label(row.task, f'task {i + 1}')} · {plain_label(row.metric, '')}" for i, row in enumerate(shown)
     ]
@@ -61,9 +61,7 @@ def draw_tasks(rows: Sequence[TaskRow]) -> Plot | None:
     room = max(high - low, 1.0)
     axes.set_xlim(low - 0.06 * room, high + 0.16 * room)
     axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g} %")
-    axes.set_xlabel(
-        "recovery: score of the quantized model, the float model's is 100 %; bars are 95 % intervals", fontsize=9
-    )
+    axes.set_xlabel("recovery: the float model's score is 100 %; bars are 95 % intervals", fontsize=9)
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
     ends = [row.result.recovery_percent or 0.0 for row in shown]
     spread = f"{min(ends):.1f} to {max(ends):.1f} %" if len(ends) > 1 else f"{ends[0]:.1f} %"
