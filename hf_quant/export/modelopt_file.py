@@ -27,6 +27,7 @@ from hf_quant.errors import FormatError
 from hf_quant.export import Written, float_config
 from hf_quant.integrations.published import model_dtype
 from hf_quant.nn.linear import QuantLinear
+from hf_quant.nn.splitting import split_modules
 from hf_quant.nn.swap import quantized_modules, shared_heads
 from hf_quant.quantize.menu import FUSED
 from hf_quant.tensor import QuantizedTensor
@@ -38,6 +39,7 @@ _PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout this is: r
 _ANOTHER = (
     "choose another --to, or quantize the float model again: bits=4 in groups of 64 or 128, or bits=8 per channel."
 )
+_STAY = "keep the format that the checkpoint has, or choose another --to."
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -148,11 +150,13 @@ def write(
         FormatError: the layout cannot hold a layer, or layers that TensorRT-LLM fuses are stored in different ways.
     """
     layers = dict(quantized_modules(model))
+    for name in split_modules(model):
+        raise FormatError(f"{name} cannot be converted to ModelOpt's layout: experts are not written.", _STAY)
     for name, layer in layers.items():
         if not isinstance(layer, QuantLinear):
             raise FormatError(f"{name} cannot be converted: ModelOpt's layout has float embeddings.", _ANOTHER)
         if layer.transposed_source:
-            raise FormatError(f"{name} cannot be converted: its weight is transposed (Conv1D).", "choose another --to.")
+            raise FormatError(f"{name} cannot be converted: its weight is transposed (Conv1D).", _STAY)
     for name, _ in shared_heads(model):
         raise FormatError(f"{name} cannot be converted: ModelOpt's layout has float embeddings.", _ANOTHER)
     dtype = model_dtype(model)
@@ -185,8 +189,7 @@ def _float_tensors(model: PreTrainedModel, source: Path) -> dict[str, torch.Tens
     for name in found:
         if name not in known:
             raise FormatError(
-                f"{name} has another name in {source}: this model's checkpoints are not laid out like the model.",
-                "choose another --to.",
+                f"{name} has another name in {source}: this model's checkpoints are not laid out like the model.", _STAY
             )
     return found
 

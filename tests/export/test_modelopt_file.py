@@ -114,6 +114,7 @@ def test_a_tied_head_is_written_once(tmp_path) -> None:
         ("llama", {"group_size": 64, "overrides": {"up_proj": EIGHT}}, "gate_proj and .*up_proj are stored in diff"),
         ("llama", {"group_size": 64, "skip": ["re:.*k_proj"]}, "q_proj and .*k_proj are stored in different ways"),
         ("gpt2", {"grid": "nf4"}, "Conv1D"),
+        ("mixtral", {"group_size": 64}, "experts cannot be converted"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(kind, options, match, tmp_path) -> None:
