@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from hf_quant.card_text import one_line
@@ -20,11 +21,27 @@ DPI = 150
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: its name (``plots/NAME.png`` and ``.svg``), what it shows in words, and its files (suffix -> bytes)."""
+    """One plot: its name (``plots/NAME.png`` and ``.svg``), what it shows in words, and the figure of matplotlib."""
 
     name: str
     caption: str
-    files: dict[str, bytes]
+    figure: Any = field(compare=False)
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """Suffix -> bytes, without dates or random ids: the same figures give the same bytes."""
+        import matplotlib
+
+        files = {}
+        with matplotlib.rc_context({"svg.hashsalt": "hf-quant", "svg.fonttype": "path"}):
+            for suffix, options in (
+                (".png", {"dpi": DPI, "metadata": {"Software": None}}),
+                (".svg", {"metadata": {"Date": None}}),
+            ):
+                buffer = io.BytesIO()
+                self.figure.savefig(buffer, format=suffix[1:], facecolor=PAGE, **options)
+                files[suffix] = buffer.getvalue()
+        return files
 
 
 def new_figure(height: float) -> tuple[Any, Any]:
@@ -76,16 +93,5 @@ def plain_label(text: str, instead: str) -> str:
 
 
 def finished(figure: Any, name: str, caption: str) -> Plot:
-    """Both files, without dates or random ids: the same figures give the same bytes."""
-    import matplotlib
-
-    files = {}
-    with matplotlib.rc_context({"svg.hashsalt": "hf-quant", "svg.fonttype": "path"}):
-        for suffix, options in (
-            (".png", {"dpi": DPI, "metadata": {"Software": None}}),
-            (".svg", {"metadata": {"Date": None}}),
-        ):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix[1:], facecolor=PAGE, **options)
-            files[suffix] = buffer.getvalue()
-    return Plot(name, caption, files)
+    """The plot of a figure that is complete; its files are made when somebody asks for them."""
+    return Plot(name, caption, figure)

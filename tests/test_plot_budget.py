@@ -22,7 +22,8 @@ CHOSEN = Allocation({"a": Scheme(), "b": None}, CURVE[2].predicted_kl, 4.5, 4.4,
 def test_it_is_drawn_and_repeatable(limit) -> None:
     measured = (("uniform int4 g32", 4.5, 0.3), ("量子化 $x$", 4.25, 0.4))
     plot = draw_budget(CHOSEN, measured, limit)
-    assert plot == draw_budget(CHOSEN, measured, limit)
+    again = draw_budget(CHOSEN, measured, limit)
+    assert (plot.caption, plot.files) == (again.caption, again.files)
     assert plot.name == "budget" and set(plot.files) == {".png", ".svg"}
     assert "0.200 nats per token at 4.50 bits" in plot.caption
     image = imread(io.BytesIO(plot.files[".png"]), format="png")

@@ -104,6 +104,10 @@ def compare(recorded: EvaluationResult, again: EvaluationResult) -> tuple[int, l
     if (old["accuracy_kernels"] or {}) != (new["accuracy_kernels"] or {}):
         told = f"{new['accuracy_kernels']} here, {old['accuracy_kernels']} recorded"
         findings.append(note("metrics", "kernels", f"{told}: figures may differ within their intervals."))
+    for run in old.get("tasks", ()):
+        names = ", ".join(task["name"] for task in run["tasks"])
+        again_by = f": {run['command']}" if run.get("command") else ""
+        findings.append(note("metrics", f"tasks {names}", f"are not measured again here{again_by}."))
     return sum(_count(a) for _, a, _ in pairs) + len(_EXACT) + 1, findings
 
 
