@@ -1,30 +1,48 @@
-"""Does a checkpoint answer a real OpenAI client through ``hf-quant serve``, streaming and in several chats at once?
+"""A checkpoint in OpenAI compatible servers: are the answers those of ``generate``, and how fast are they?
 
-    python scripts/serve_check.py OUT --chats 8 --tokens 64
+    python scripts/serve_check.py OUT [--only REGEX] [--python vllm=PYTHON ...] [--json FILE] [--fill README.md]
 
-Needs ``pip install "hf-quant[serving]"``. The server is started, asked and stopped.
-Exit code 1 when an answer is not streamed to its end.
+Every row starts a server as its recipe in scripts/servers/ does, asks it with the ``openai`` package, streaming, one
+chat after the other and then ``--chats`` at once, and stops it. Answers are compared with greedy ``generate`` of the
+same checkpoint on hf-quant, in the dtype that the server computes in; where they part, the float32 logits of the two
+tokens say whether rounding can be the reason. llama.cpp reads the checkpoint as ``hf-quant convert --to gguf`` writes
+it, and in one row the same weights expanded to float32, where only names, orders and templates could differ.
+
+hf-quant's server and transformers' run in this Python, which needs ``pip install ".[serving]" compressed-tensors``, or
+in one that ``--python`` names; for vLLM and llama.cpp environments are made under ``--envs`` on first use. With
+``--json`` a run goes on where the file ends. Exit code 1 when an answer is not streamed to its end, or when a server
+that computes as ``generate`` does answers something else.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import subprocess
+import json
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
-START_SECONDS = 300
+import torch
+from measuring import label_of, publish, record, recorded  # type: ignore[import-not-found]
+from peer_environments import LLAMA_CPP, VLLM, make_environment  # type: ignore[import-not-found]
+from serve_client import Answer, ask, ask_together, serving  # type: ignore[import-not-found]
+from transformers import AutoTokenizer
+
+import hf_quant
+from hf_quant.convert import convert
+from hf_quant.evaluation import environment
+from hf_quant.export import gguf_file
+from hf_quant.nn.swap import put_float
+
+_MARKS = ("<!-- table:serve -->", "<!-- /table:serve -->")
+WARM_UP = "Say hello."
 QUESTIONS = (
     "Name three rivers.",
     "What is the capital of France?",
@@ -35,122 +53,217 @@ QUESTIONS = (
     "Tell me a short story.",
     "What colour is the sky?",
 )
+_BATCHING = ("--continuous-batching", "--cb-num-blocks", "64")
+_KEYS_IN_FLOAT32 = ("--type_k", "0", "--type_v", "0")
+_HEAD = (
+    "| server | computes in | answers of `generate` in that dtype | in float32 | largest gap where they part | "
+    "1 chat: first token | tok/s | {chats} chats: first token | tok/s in all |"
+)
+_RULE = "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came back for one chat.
+class Server:
+    """One row.
 
     Attributes:
-        text: of the whole answer.
-        pieces: in how many parts it was streamed.
-        tokens: that the server says it generated; None where it says nothing.
-        finish: why it stopped: ``stop`` or ``length``.
-        seconds: from asking to the end.
+        label: first column.
+        recipe: in scripts/servers/.
+        dtype: that activations have; answers are compared with ``generate`` in it.
+        options: of the recipe.
+        file: what is served: the checkpoint itself, its ``gguf`` file, or one with the weights ``expanded``.
+        exact: whether other answers than those of ``generate`` are an error.
     """
 
-    text: str
-    pieces: int
-    tokens: int | None
-    finish: str | None
-    seconds: float
+    label: str
+    recipe: str
+    dtype: str
+    options: tuple[str, ...] = ()
+    file: str = "checkpoint"
+    exact: bool = False
 
 
-@contextmanager
-def serving(directory: str | os.PathLike[str], options: Sequence[str] = ()) -> Iterator[str]:
-    """Inside, ``hf-quant serve DIRECTORY`` runs and answers at the address given.
-
-    Raises:
-        RuntimeError: it ended, or did not answer within START_SECONDS; with the end of what it printed.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "hf_quant.cli", "serve", os.fspath(directory), "--host", "127.0.0.1"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([*command, "--port", str(port), *options], stdout=log, stderr=subprocess.STDOUT)
-        try:
-            _await(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def _dtype(name: str) -> tuple[str, ...]:
+    return ("--dtype", name)
 
 
-def _await(address: str, process: subprocess.Popen[bytes], log: Any) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            with urlopen(address, timeout=5) as reply:
-                if reply.status == 200:
-                    return
-        except (URLError, TimeoutError, ConnectionError):
-            time.sleep(0.2)
-    log.seek(0)
-    raise RuntimeError(f"the server did not come up (exit code {process.poll()}):\n{log.read()[-4000:]}")
+SERVERS = (
+    Server("hf-quant serve", "hf-quant", "float32", _dtype("float32"), exact=True),
+    Server("hf-quant serve", "hf-quant", "bfloat16", _dtype("bfloat16"), exact=True),
+    Server("hf-quant serve, continuous batching", "hf-quant", "float32", (*_BATCHING, *_dtype("float32")), exact=True),
+    Server("hf-quant serve, continuous batching", "hf-quant", "bfloat16", (*_BATCHING, *_dtype("bfloat16"))),
+    Server("transformers serve", "transformers", "float32", _dtype("float32"), exact=True),
+    Server("transformers serve", "transformers", "bfloat16", _dtype("bfloat16")),
+    Server("transformers serve, continuous batching", "transformers", "bfloat16", (*_BATCHING, *_dtype("bfloat16"))),
+    Server("vLLM", "vllm", "bfloat16", ("--dtype", "bfloat16", "--max-model-len", "2048")),
+    Server("llama-cpp-python, GGUF", "llama-cpp", "float32", file="gguf"),
+    Server("llama-cpp-python, weights expanded", "llama-cpp", "float32", _KEYS_IN_FLOAT32, "expanded", exact=True),
+)
+PACKAGES = {"vllm": ("vllm", VLLM), "llama-cpp": ("llama-cpp-server", LLAMA_CPP.replace("==", "[server]==", 1))}
 
 
-def ask(address: str, model: str, question: str, tokens: int) -> Answer:
-    """One chat, streamed, with the likeliest token every time."""
-    from openai import OpenAI
+class Expected:
+    """Greedy answers of ``generate`` on hf-quant, per dtype, and float32 logits."""
 
-    started = time.perf_counter()
-    text, pieces, count, finish = "", 0, None, None
-    with OpenAI(base_url=address, api_key="none", timeout=600, max_retries=0) as client:
-        stream = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": question}],
-            max_tokens=tokens,
-            temperature=0.0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        for chunk in stream:
-            count = chunk.usage.completion_tokens if chunk.usage else count
-            for choice in chunk.choices:
-                text += choice.delta.content or ""
-                pieces += bool(choice.delta.content)
-                finish = choice.finish_reason or finish
-    return Answer(text, pieces, count, finish, time.perf_counter() - started)
+    def __init__(self, directory: Path, tokens: int) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._directory = directory
+        self._tokens = tokens
+        self._answers: dict[str, list[str]] = {}
+
+    def answers(self, dtype: str) -> list[str]:
+        """The text that ``generate`` gives to every question."""
+        if dtype not in self._answers:
+            model = hf_quant.load(self._directory, dtype=getattr(torch, dtype))
+            with torch.no_grad():
+                self._answers[dtype] = [self._answer(model, question) for question in QUESTIONS]
+        return self._answers[dtype]
+
+    def _prompt(self, question: str) -> torch.Tensor:
+        messages = [{"role": "user", "content": question}]
+        made = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        return made["input_ids"]
+
+    def _answer(self, model: Any, question: str) -> str:
+        ids = self._prompt(question)
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=self._tokens)
+        return self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def gap(self, index: int, text: str) -> float:
+        """How much less than the likeliest token the float32 logits give to the one with which ``text`` leaves the
+        float32 answer; 0.0 where it does not."""
+        question, expected = QUESTIONS[index], self.answers("float32")[index]
+        ours, theirs = (self.tokenizer(said, add_special_tokens=False)["input_ids"] for said in (expected, text))
+        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        if same is None:
+            return 0.0
+        model = hf_quant.load(self._directory, dtype=torch.float32)
+        ids = torch.cat([self._prompt(question), torch.tensor([ours[:same]], dtype=torch.int64)], dim=1)
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        return float(logits.max() - logits[theirs[same]])
 
 
-def ask_together(address: str, model: str, questions: Sequence[str], tokens: int) -> list[Answer]:
-    """All chats at the same time."""
-    with ThreadPoolExecutor(len(questions)) as pool:
-        return list(pool.map(lambda question: ask(address, model, question, tokens), questions))
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a checkpoint with a chat template")
-    parser.add_argument("--chats", type=int, default=8)
+    parser.add_argument("--only", default="", help="regular expression: rows to measure")
+    parser.add_argument("--python", action="append", default=[], metavar="RECIPE=PYTHON", help="an environment to use")
+    parser.add_argument("--envs", type=Path, default=Path.home() / ".cache" / "hf-quant" / "envs")
+    parser.add_argument("--chats", type=int, default=8, choices=range(1, len(QUESTIONS) + 1))
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--blocks", type=int, default=64, help="of 256 tokens each, for keys and values")
-    given = parser.parse_args()
-    model = str(given.directory.resolve())
-    questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(given.chats)]
-    with serving(model, ["--continuous-batching", "--cb-num-blocks", str(given.blocks)]) as address:
-        first = ask(address, model, questions[0], given.tokens)
-        print(f"alone: {first.text!r} ({first.pieces} pieces, {first.finish}, {first.seconds:.1f} s)")
-        started = time.perf_counter()
-        answers = ask_together(address, model, questions, given.tokens)
-        seconds = time.perf_counter() - started
-    for question, answer in zip(questions, answers, strict=True):
-        print(f"{question} -> {answer.text!r} ({answer.finish})")
-    broken = [answer for answer in [first, *answers] if answer.pieces < 2 or answer.finish not in ("stop", "length")]
-    total = sum(answer.tokens or answer.pieces for answer in answers)
-    print(f"{len(answers)} chats at once: {total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s in all")
-    print(
-        f"{len(broken)} answers were not streamed to their end" if broken else "all answers were streamed to their end"
+    parser.add_argument("--repeats", type=int, default=3, help="of the chats at once")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--fill", type=Path, help="put the table between the marks of this file")
+    options = parser.parse_args(arguments)
+    directory = options.directory.resolve()
+    pythons = dict(given.split("=", 1) for given in options.python)
+    protocol = {"model": label_of(directory), "chats": options.chats, "tokens": options.tokens}
+    protocol |= {"threads": torch.get_num_threads(), "cpu": environment.describe().cpu}
+    rows = recorded(options.json, protocol)
+    expected = Expected(directory, options.tokens)
+    for server in SERVERS:
+        key = f"{server.label}, {server.dtype}"
+        if key not in rows and re.search(options.only, key):
+            rows[key] = {"key": key, **measure(server, directory, pythons, options, expected)}
+            record(options.json, {**protocol, "rows": list(rows.values())})
+            print(json.dumps(rows[key]), file=sys.stderr, flush=True)
+    done = [rows[key] for server in SERVERS if (key := f"{server.label}, {server.dtype}") in rows]
+    lines = [_HEAD.format(chats=options.chats), _RULE, *(line_of(row) for row in done), "", note(protocol, done)]
+    publish(lines, options.markdown, options.fill, _MARKS)
+    return int(any(row["broken"] or row["wrong"] for row in done))
+
+
+def measure(
+    server: Server, directory: Path, pythons: dict[str, str], options: argparse.Namespace, expected: Expected
+) -> dict[str, Any]:
+    """Start the server, ask it, and compare what it says."""
+    python = pythons.get(server.recipe) or _environment(server.recipe, options.envs)
+    with served(server, directory) as model, serving(server.recipe, model, server.options, python) as address:
+        ask(address, model, WARM_UP, 8)
+        alone = [ask(address, model, question, options.tokens) for question in QUESTIONS]
+        rounds = []
+        for _ in range(options.repeats):
+            started = time.perf_counter()
+            answers = ask_together(address, model, QUESTIONS[: options.chats], options.tokens)
+            rounds.append((time.perf_counter() - started, answers))
+    together = [answer for _, answers in rounds for answer in answers]
+    count = expected.tokenizer
+    figures = {
+        "first": median(answer.first_seconds for answer in alone),
+        "speed": median((size(answer, count) - 1) / (answer.seconds - answer.first_seconds) for answer in alone),
+        "first_together": median(answer.first_seconds for answer in together),
+        "speed_together": median(sum(size(answer, count) for answer in found) / spent for spent, found in rounds),
+    }
+    texts = [(i, answer.text) for i, answer in enumerate(alone)]
+    texts += [(i, answer.text) for _, answers in rounds for i, answer in enumerate(answers)]
+    same = sum(text == expected.answers(server.dtype)[i] for i, text in texts)
+    exactly = sum(text == expected.answers("float32")[i] for i, text in texts)
+    return {
+        "label": server.label,
+        "dtype": server.dtype,
+        "file": server.file,
+        "answers": len(texts),
+        "same": same,
+        "same_float32": exactly,
+        "gap": max(expected.gap(i, text) for i, text in set(texts)),
+        "broken": sum(not answer.is_whole for answer in [*alone, *together]),
+        "wrong": len(texts) - same if server.exact else 0,
+        **figures,
+    }
+
+
+def _environment(recipe: str, envs: Path) -> Path:
+    if recipe not in PACKAGES:
+        return Path(sys.executable)
+    name, package = PACKAGES[recipe]
+    return make_environment(name, (package,), envs)
+
+
+@contextmanager
+def served(server: Server, directory: Path) -> Iterator[str]:
+    """The path that the server is given; GGUF files are written for it and removed afterwards."""
+    if server.file == "checkpoint":
+        yield str(directory)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if server.file == "gguf":
+            convert(directory, Path(folder) / "gguf", "gguf", round_scales=True)
+            (file,) = (Path(folder) / "gguf").glob("*.gguf")
+        else:
+            model = hf_quant.load(directory, kernel="reference", dtype=torch.float32)
+            put_float(model, torch.float32)
+            file = gguf_file.write(model, directory, Path(folder), "expanded").file
+        yield str(file)
+
+
+def size(answer: Answer, tokenizer: Any) -> int:
+    """Tokens of an answer: what the server says, or what its text has where it says nothing."""
+    return answer.tokens or len(tokenizer(answer.text, add_special_tokens=False)["input_ids"])
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """The row of the table."""
+    gap = f"{row['gap']:.2g}" if row["gap"] else ""
+    return (
+        f"| {row['label']} | {row['dtype']} | {row['same']} of {row['answers']} | {row['same_float32']} | {gap} "
+        f"| {row['first'] * 1000:.0f} ms | {row['speed']:.0f} "
+        f"| {row['first_together'] * 1000:.0f} ms | {row['speed_together']:.0f} |"
     )
-    return int(bool(broken))
+
+
+def note(protocol: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """What was measured on what."""
+    broken = sum(row["broken"] for row in rows)
+    whole = f"{broken} were not streamed to their end" if broken else "all were streamed to their end"
+    return (
+        f"{protocol['model']}; {protocol['cpu']}, {protocol['threads']} threads; greedy answers of at most "
+        f"{protocol['tokens']} tokens to chats of about 35 tokens through the `openai` package: {whole}. Medians; "
+        f"speed of one chat after its first token, of {protocol['chats']} at once from asking to the last end. Gap: "
+        "float32 logit of the likeliest token less that of the server's, where its answer leaves the one of float32."
+    )
 
 
 if __name__ == "__main__":
