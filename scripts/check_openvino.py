@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"held-out tokens; OpenVINO {versions['openvino']} through optimum-intel {versions['optimum-intel']} with "
         f"transformers {versions['transformers']}. KL(hf-quant ‖ OpenVINO) in nats per token; of {_TOKENS} "
         "greedy tokens those that are `generate`'s on the reference kernel, up to the first difference, in "
-        f"optimum-intel and in openvino-genai; tokens/s in openvino-genai on {torch.get_num_threads()} threads of a shared machine."
+        f"optimum-intel and in openvino-genai; tokens/s in openvino-genai on {torch.get_num_threads()} threads."
     )
     publish([_HEAD, _RULE, *(line_of(row) for row in rows), "", note], options.markdown, options.fill, _MARKS)
 

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.exporters import exporter_openvino
 from transformers.exporters.base import ExportedModel
 from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
+from transformers.exporters.utils import get_leaf_tensors
 
 from hf_quant.errors import DependencyError, FormatError
 from hf_quant.export import openvino_weights
@@ -117,14 +118,14 @@ def trace(model: PreTrainedModel) -> ExportedModel:
     return found
 
 
-def _shapes(inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Which sizes vary: rows and tokens; None (all that may) for a cache of other things than keys and values."""
-    layers = inputs["past_key_values"].layers
-    if any({type(value) for value in (layer.keys, layer.values)} != {torch.Tensor} for layer in layers):
-        return None
+def _shapes(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Which sizes vary: rows and tokens; of a cache's other tensors than keys and values, all that may."""
     varies = torch.export.Dim.AUTO
-    found: dict[str, Any] = {name: {0: varies, 1: varies} for name in inputs if isinstance(inputs[name], torch.Tensor)}
-    return {**found, "past_key_values": [{0: varies, 2: varies} for _ in range(2 * len(layers))]}
+    tokens = {name: {0: varies, 1: varies} for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    leaves = get_leaf_tensors(inputs["past_key_values"]).values()
+    # keys and values are [rows, heads, tokens, columns]
+    state = [{0: varies, 2: varies} if leaf.dim() == 4 else dict.fromkeys(range(leaf.dim()), varies) for leaf in leaves]
+    return {**tokens, "past_key_values": state}
 
 
 @contextmanager
