@@ -201,7 +201,7 @@ def test_encoders(kind, tmp_path) -> None:
         ("llama", {}, {"grid": "nf4"}, r"q_proj cannot be converted: MatMulNBits holds evenly spaced values, not nf4"),
         ("llama", {}, {"group_size": 8}, "groups of 8 columns are not whole blocks of 16"),
         ("mixtral", {"num_local_experts": 4}, {}, "experts cannot be converted: which of its experts compute"),
-        ("mamba", {"state_size": 8}, {}, "its cache is not one of keys and values"),
+        ("mamba", {"state_size": 8}, {"skip": ["re:.*dt_proj"]}, "its cache is not one of keys and values"),
         ("t5", {}, {}, "it has an encoder and a decoder"),
     ],
 )
