@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -18,7 +18,7 @@ from hf_quant.nn.embedding import is_embedding
 from hf_quant.nn.splitting import expanded_modules, left_fused, stock_experts
 from hf_quant.plan_bytes import planned_bytes
 from hf_quant.plan_rules import Rules, is_linear
-from hf_quant.plan_stock import stock_packed
+from hf_quant.plan_stock import names_in_files, stock_packed
 
 EMBEDDING = "Embedding"
 _STORED = "as the checkpoint has it"
@@ -66,7 +66,8 @@ class Plan:
     """Every weight of a model and what happens to it.
 
     What stock transformers can do with it: ``experts`` as :func:`hf_quant.nn.splitting.stock_experts` says it,
-    ``packed`` as :func:`hf_quant.plan_stock.stock_packed`.
+    ``packed`` as :func:`hf_quant.plan_stock.stock_packed`. ``stored_names`` are the modules that have another name in
+    files (:func:`hf_quant.plan_stock.names_in_files`).
     """
 
     architecture: str
@@ -76,6 +77,7 @@ class Plan:
     layers: tuple[PlannedLayer, ...]
     experts: str = ""
     packed: str = ""
+    stored_names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @cached_property
     def quantized(self) -> tuple[PlannedLayer, ...]:
@@ -352,7 +354,8 @@ def _plan_other(full: str, leaf: str, module: nn.Module, parameter: torch.Tensor
 def _plan(model: nn.Module, format_name: str, scale_dtype: str, layers: list[PlannedLayer]) -> Plan:
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
     names = [layer.name for layer in layers if layer.scheme is not None]
-    stock = stock_experts(model, names), stock_packed(model, names)
+    matrices = [layer.name for layer in layers if len(layer.shape) == 2]
+    stock = stock_experts(model, names), stock_packed(model, names), names_in_files(model, matrices)
     return _with_bytes(Plan(type(model).__name__, kind, format_name, scale_dtype, tuple(layers), *stock))
 
 

@@ -1,15 +1,15 @@
-"""What stock transformers can do with layers that compressed-tensors has packed, found by trying on an empty model."""
+"""What others make of a plan's layers: stock transformers of packed ones (found by trying), files of their names."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 DEQUANTIZE, NOTHING = "dequantize", "nothing"
 
@@ -30,6 +30,20 @@ def stock_packed(model: nn.Module, quantized: Collection[str]) -> str:
     if any(isinstance(layer, nn.Linear) and type(layer) is not nn.Linear for layer in layers):
         return DEQUANTIZE  # a class with a forward of its own, which reads the weight
     return DEQUANTIZE if _initialises(model, ()) and not _initialises(model, quantized) else ""
+
+
+def names_in_files(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Module name -> what checkpoints call it, for the modules that transformers renames when it saves (Mixtral's
+    ``mlp`` is ``block_sparse_moe`` there, for one). Other runtimes know the names of the files only."""
+    if not hasattr(model, "_init_weights"):
+        return {}  # not a model of transformers
+    loaded = getattr(model, "_weight_conversions", None)
+    if loaded is None:  # as transformers does it when it saves
+        mapping = get_model_conversion_mapping(cast(Any, model), add_legacy=False)
+        loaded = [conversion for conversion in mapping if not isinstance(conversion, PrefixChange)]
+    back = [conversion.reverse_transform() for conversion in reversed(loaded) if isinstance(conversion, WeightRenaming)]
+    found = {name: rename_source_key(f"{name}.weight", back, [])[0].removesuffix(".weight") for name in names}
+    return {name: stored for name, stored in found.items() if stored != name}
 
 
 def _splits(conversion: WeightConverter) -> bool:

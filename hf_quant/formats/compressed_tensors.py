@@ -34,7 +34,7 @@ GPT-2's ``Conv1D`` is not an ``nn.Linear``: compressed-tensors leaves it alone, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,7 +149,8 @@ def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None, storage
 
     One scheme: a single group that targets ``Linear``. Several: one group each, with names or patterns that match no
     other layer. ``ignore`` names every module that stays in float and that a runtime might take for a linear layer
-    (vLLM builds routers as linear layers, for one).
+    (vLLM builds routers as linear layers, for one). Modules that have another name in the files are named twice:
+    transformers looks for the model's name, vLLM for that of the files.
 
     Raises:
         FormatError: nothing is quantized, or a layer that the format cannot hold.
@@ -163,12 +164,18 @@ def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None, storage
         members.setdefault(layer.scheme, []).append(layer.name)
     if not members:
         raise FormatError("the plan quantizes nothing.", "loosen skip and overrides.")
-    universe = {layer.name for layer in plan.layers}
+    universe = {layer.name for layer in plan.layers} | set(plan.stored_names.values())
+
+    def named(layers: Iterable[str]) -> list[str]:
+        own = list(layers)
+        return compact([*own, *(plan.stored_names[name] for name in own if name in plan.stored_names)], universe)
+
     ordered = sorted(members, key=lambda scheme: -len(members[scheme]))
-    targets = {scheme: compact(members[scheme], universe) for scheme in ordered}
-    if len(ordered) == 1:  # embeddings by name: others stay in float
-        tables = compact([layer.name for layer in plan.quantized if layer.kind == "Embedding"], universe)
-        targets = {ordered[0]: ["Linear", *tables]}
+    targets = {scheme: named(members[scheme]) for scheme in ordered}
+    if len(ordered) == 1:
+        # by name, too: embeddings, as others stay in float, and what is in no block, as vLLM's head is no linear layer
+        alone = [q.name for q in plan.quantized if q.kind == "Embedding" or not re.search(r"\.\d+\.", q.name)]
+        targets = {ordered[0]: ["Linear", *named(alone)]}
     groups = {
         f"group_{index}": {
             "targets": targets[scheme],
@@ -183,7 +190,7 @@ def quantization_config(plan: Plan, *, dtype: torch.dtype | None = None, storage
         "format": storage,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": compact([q.name for q in plan.kept if len(q.shape) == 2 and q.kind not in _NEVER_LINEAR], universe),
+        "ignore": named(q.name for q in plan.kept if len(q.shape) == 2 and q.kind not in _NEVER_LINEAR),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "hf_quant": {"version": VERSION},
