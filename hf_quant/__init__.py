@@ -23,7 +23,7 @@ from hf_quant.version import __version__
 if TYPE_CHECKING:
     from hf_quant.api import LayerReport, inspect_model, load, quantize, save
     from hf_quant.config import HfQuantConfig
-    from hf_quant.hub import push
+    from hf_quant.hub import push, push_model
     from hf_quant.integrations.stock import disable, enable
     from hf_quant.nn.fused import FusedReport, describe_fused, fuse, unfuse
     from hf_quant.verification import verify
@@ -41,6 +41,7 @@ __all__ = [
     "inspect_model",
     "load",
     "push",
+    "push_model",
     "quantize",
     "save",
     "unfuse",
@@ -53,7 +54,7 @@ _HOMES = {
     "HfQuantConfig": "hf_quant.config",
     "disable": _PLUGIN,
     "enable": _PLUGIN,
-    "push": "hf_quant.hub",
+    **dict.fromkeys(("push", "push_model"), "hf_quant.hub"),
     "verify": "hf_quant.verification",
     **dict.fromkeys(("FusedReport", "describe_fused", "fuse", "unfuse"), "hf_quant.nn.fused"),
     **dict.fromkeys(("LayerReport", "inspect_model", "load", "save"), "hf_quant.api"),

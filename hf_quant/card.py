@@ -85,6 +85,7 @@ class CardInputs:
         known: keys that replace those of the recorded provenance (the base model's Hub id).
         base: what is inherited from the base model's card; base_problem: why it could not be read.
         quantized_by: who made it.
+        tags: beside those that follow from the checkpoint.
         measured: the card states results.
         version: of hf-quant, which words it.
     """
@@ -95,6 +96,7 @@ class CardInputs:
     base: Mapping[str, Any] = field(default_factory=dict)
     base_problem: str = ""
     quantized_by: str | None = None
+    tags: Sequence[str] = ()
     measured: bool = True
     version: str = __version__
 
@@ -140,7 +142,7 @@ def render(
         base_model_relation="quantized" if base_id else None,
         library_name=LIBRARY,
         pipeline_tag=task,
-        tags=_tags(facts),
+        tags=list(dict.fromkeys((*_tags(facts), *map(one_line, checkpoint.tags)))),
         quantized_by=checkpoint.quantized_by,
         model_name=one_line(checkpoint.name),
         eval_results=eval_results(results, task or "text-generation") if results is not None else None,
@@ -193,6 +195,7 @@ def write_card(
     base_model: str | None = None,
     base_card: BaseCard | None = None,
     quantized_by: str | None = None,
+    tags: Sequence[str] = (),
     allow_unmeasured: bool = False,
 ) -> Path:
     """Write README.md and ``plots/`` of a checkpoint from what is recorded in it.
@@ -203,6 +206,7 @@ def write_card(
         base_model: the base model's Hub id, where the checkpoint was made from a local copy of it.
         base_card: the base model's card; default: read from the base model's directory or the Hub.
         quantized_by: who made it, for the metadata.
+        tags: for the metadata, beside those that follow from the checkpoint.
         allow_unmeasured: without results, write a card that says so instead of raising.
 
     Returns:
@@ -236,6 +240,7 @@ def write_card(
         base={key: value for key in INHERITED_KEYS if isinstance(value := base_card.metadata.get(key), (str, list))},
         base_problem=base_card.problem,
         quantized_by=quantized_by,
+        tags=list(tags),
         measured=(directory / RESULTS_FILE).is_file() or not allow_unmeasured,
     )
     text, drawn = compose(directory, inputs)
@@ -274,6 +279,7 @@ def compose(directory: Path | str, inputs: CardInputs) -> tuple[str, list[plots.
         chat=_has_chat_template(directory, list(manifest.files)),
         custom_code=bool(config.get("auto_map")),
         quantized_by=inputs.quantized_by,
+        tags=tuple(inputs.tags),
     )
     drawn = plots.draw(results, layer_rows(manifest.plan, facts.tensors))
     shown = tuple((f"{PLOTS_DIR}/{plot.name}.png", plot.caption) for plot in drawn)

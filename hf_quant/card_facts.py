@@ -30,6 +30,7 @@ class CheckpointFacts:
         custom_code: whether loading needs trust_remote_code.
         plots: (relative path, caption) of the plots beside the card.
         quantized_by: who made it, for the metadata; None leaves the key out.
+        tags: further ones for the metadata.
     """
 
     name: str
@@ -42,6 +43,7 @@ class CheckpointFacts:
     custom_code: bool = False
     plots: tuple[tuple[str, str], ...] = ()
     quantized_by: str | None = None
+    tags: tuple[str, ...] = ()
 
     @property
     def has_processor(self) -> bool:

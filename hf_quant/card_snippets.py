@@ -14,6 +14,7 @@ import yaml
 from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, shown_base
 from hf_quant.card_text import one_line, without_paths
 from hf_quant.card_usage import Usage, usage_of
+from hf_quant.config import HfQuantConfig
 from hf_quant.evaluation.kinds import Kind
 
 # Recipe keys that change how a checkpoint is loaded, not what is in it.
@@ -115,5 +116,8 @@ def quantize_command(provenance: Mapping[str, Any], checkpoint: CheckpointFacts)
 
 def recipe_yaml(recipe: Mapping[str, Any]) -> str:
     """The recipe as YAML, without keys that only concern loading or that say nothing."""
-    kept = {key: value for key, value in recipe.items() if key not in _LOADING_KEYS and value not in ({}, [], None)}
+    # a recipe that went through config.json has its keys in another order
+    known = [key for key in HfQuantConfig().to_dict() if key in recipe]
+    ordered = {key: recipe[key] for key in (*known, *(key for key in recipe if key not in known))}
+    kept = {key: value for key, value in ordered.items() if key not in _LOADING_KEYS and value not in ({}, [], None)}
     return without_paths(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip())

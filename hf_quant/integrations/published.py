@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,8 +63,33 @@ def publish(model: PreTrainedModel, quantizer: Runtime) -> None:
         logger.info("this model cannot be saved: %s", error)
         published = {"quant_method": QUANT_METHOD}
     config.quantization_config = PublishedConfig(published)
+    _push_with_card()
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
+
+
+def _push_with_card() -> None:
+    """Let ``push_to_hub`` of models on our runtime publish as ``hf-quant push`` does; others keep transformers' own.
+
+    Replaced in the class, once: a method of each model would be a cycle that keeps its memory from being freed.
+    """
+    from transformers import PreTrainedModel
+
+    stock = PreTrainedModel.push_to_hub
+    if hasattr(stock, "publishes_quantized"):
+        return
+
+    @wraps(stock)
+    def push_to_hub(self: PreTrainedModel, repo_id: str, **options: Any) -> Any:
+        adapters = hasattr(self, "peft_config") or getattr(self, "_hf_peft_config_loaded", False)
+        if adapters or not any(True for _ in quantized_modules(self)):
+            return stock(self, repo_id, **options)
+        from hf_quant.hub import push_model
+
+        return push_model(self, repo_id, **options)
+
+    push_to_hub.publishes_quantized = True  # type: ignore[attr-defined]
+    PreTrainedModel.push_to_hub = push_to_hub
 
 
 def prepare(model: nn.Module) -> None:

@@ -61,6 +61,24 @@ def verify(source, **arguments):
     from hf_quant import verify
     return verify(source, progress=False, **arguments).plain()
 
+def push_model(directory, repo_id, **arguments):
+    import hf_quant
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return dataclasses.asdict(model.push_to_hub(repo_id, **arguments))
+
+def push_quantized(directory, repo_id, **arguments):
+    import hf_quant
+    from transformers import AutoModelForCausalLM
+    config = hf_quant.HfQuantConfig(bits=4, group_size=32)
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    return dataclasses.asdict(model.push_to_hub(repo_id, **arguments))
+
+def push_float(directory, repo_id, **arguments):
+    import hf_quant
+    from transformers import AutoModelForCausalLM
+    return str(AutoModelForCausalLM.from_pretrained(directory).push_to_hub(repo_id, **arguments))
+
 def check(directory):
     from hf_quant.checkpoint import check_directory, read_headers
     check_directory(directory)
