@@ -21,7 +21,7 @@ from pathlib import Path
 from measuring import default_model  # type: ignore[import-not-found]
 
 from hf_quant import HfQuantConfig
-from hf_quant.checkpoint import MANIFEST_FILE, atomic_directory
+from hf_quant.checkpoint import MANIFEST_FILE
 from hf_quant.demo import BASE_MODEL
 from hf_quant.evaluation import RESULTS_FILE, EvaluationResult
 
@@ -70,11 +70,13 @@ def make(recipe: Path, target: Path, reference: Path, tasks: bool, until: str) -
 
 
 def publish(checkpoint: Path, cards: Path) -> None:
-    """Copy what is shown of a checkpoint, without its weights: its directory in ``cards`` is replaced as a whole."""
-    with atomic_directory(cards / checkpoint.name, overwrite=True) as folder:
-        for name in _SHOWN:
-            shutil.copyfile(checkpoint / name, folder / name)
-        shutil.copytree(checkpoint / "plots", folder / "plots")
+    """Copy what is shown of a checkpoint, without its weights; its directory in ``cards`` is replaced."""
+    target = cards / checkpoint.name
+    if target.is_dir():
+        shutil.rmtree(target)
+    shutil.copytree(checkpoint / "plots", target / "plots")
+    for name in _SHOWN:
+        shutil.copyfile(checkpoint / name, target / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
