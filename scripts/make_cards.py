@@ -43,7 +43,7 @@ def run(*arguments: str | Path) -> None:
 
 def name_of(recipe: Path) -> str:
     """What the checkpoint of a recipe is called: the model, and what became of its weights."""
-    label = HfQuantConfig.from_yaml(recipe).default.scheme.label
+    label = HfQuantConfig.from_recipe(recipe).default.scheme.label
     return f"{BASE_MODEL.rpartition('/')[2]}-{label.replace(' ', '-')}"
 
 
