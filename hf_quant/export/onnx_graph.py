@@ -122,7 +122,8 @@ def _images(model: PreTrainedModel) -> Inputs:
 
 def _decoder(model: PreTrainedModel, arguments: Any) -> Inputs:
     with torch.no_grad():
-        cache = model(_ids(model.config, _PAST), use_cache=True).past_key_values
+        output = model(_ids(model.config, _PAST), use_cache=True)
+    cache = getattr(output, "past_key_values", None)  # models of states (Mamba) call it otherwise
 
     def shape(states: torch.Tensor) -> tuple[int, ...]:
         return (*states.shape[:2], _PAST, states.shape[3])
