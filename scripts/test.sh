@@ -9,4 +9,5 @@ say "ruff"
 say "mypy"
 "$PYTHON" -m mypy
 say "pytest"
-exec "$PYTHON" -m pytest "$@"
+# files of tests side by side: a worker has about 1.5 GB
+exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
