@@ -35,6 +35,7 @@ _COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_EXPERTS = {"num_experts_per_tok": 2}
 _PER_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 16},
@@ -43,6 +44,9 @@ _PER_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "phi": {},
+    "mixtral": {"num_local_experts": 4, **_EXPERTS},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, **_EXPERTS},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 64, **_EXPERTS},
 }
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"

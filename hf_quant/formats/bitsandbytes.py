@@ -296,7 +296,7 @@ def _scheme_entry(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 def stock_loading(plan: Plan) -> str:
     """One sentence for the model card: what stock transformers needs to load this plan's checkpoint."""
-    if plan.experts:
+    if plan.experts in ("merged", "apart"):
         return (
             "Stock transformers cannot load experts quantized by bitsandbytes (they come out wrong "
             "or not at all): `import hf_quant` before `from_pretrained(...)`."

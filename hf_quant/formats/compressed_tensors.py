@@ -213,12 +213,14 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def stock_loading(plan: Plan) -> str:
     """One sentence for the model card: what stock transformers needs to load this plan's checkpoint."""
     if plan.experts:
-        experts = {q.scheme for q in plan.quantized if _EXPERT.search(q.name)}
-        one = len(experts) == 1 and all(scheme.symmetric for scheme in experts if scheme is not None)
+        experts = {q.scheme for q in plan.layers if len(q.shape) == 2 and _EXPERT.search(q.name)}
+        one = len(experts) == 1 and all(scheme is not None and scheme.symmetric for scheme in experts)
         if plan.experts == "apart" or not one:
-            why = "stored one by one" if plan.experts == "apart" else "unless all have one symmetric scheme"
+            # the loader takes all experts that it merges for packed ones of the same scheme
+            why = {"apart": "stored one by one", "float": "in float beside packed layers"}.get(plan.experts)
             return (
-                f"Stock transformers cannot load the experts of {plan.model_type} {why} (they come out "
+                f"Stock transformers cannot load the experts of {plan.model_type} "
+                f"{why or 'unless all have one symmetric scheme'} (they come out "
                 "wrong or not at all): `import hf_quant` before `from_pretrained(...)`."
             )
     schemes = {layer.scheme for layer in plan.quantized if layer.scheme is not None}

@@ -85,8 +85,9 @@ def split_modules(model: nn.Module) -> dict[str, SplitExperts]:
 def stock_experts(model: nn.Module, quantized: Collection[str]) -> str:
     """What stock transformers makes of a checkpoint whose experts are stored one by one.
 
-    ``""`` when they are like any other layers to it, or none of these layers is within experts; ``merged`` when it puts
-    them together as it loads them; ``apart`` when it does not: then it leaves the experts at random values.
+    ``""`` when they are like any other layers to it; ``merged`` when it puts them together as it loads them, ``float``
+    when it would and none of these layers is within them; ``apart`` when it does not put quantized ones together: then
+    it leaves them at random values.
     """
     # imported here: transformers imports our plugin, and with it this file, along with its quantizers
     from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
@@ -95,14 +96,18 @@ def stock_experts(model: nn.Module, quantized: Collection[str]) -> str:
     result = ""
     for name, module in model.named_modules():
         split = isinstance(module, SplitExperts)
-        if not (split or is_fused(module)) or not any(layer.startswith(f"{name}.") for layer in quantized):
+        if not (split or is_fused(module)):
             continue
         kind = type(module.original if isinstance(module, SplitExperts) else module).__name__
         if kind in MODULES_TO_PATCH_FOR_QUANTIZATION:
             continue
-        if not any(f".{name}.{DOWN}".endswith(ending) for ending in leaves):
+        merges = any(f".{name}.{DOWN}".endswith(ending) for ending in leaves)
+        if not any(layer.startswith(f"{name}.") for layer in quantized):
+            result = result or ("float" if merges else "")
+        elif not merges:
             return "apart"
-        result = "merged"
+        else:
+            result = "merged"
     return result
 
 

@@ -80,6 +80,40 @@ def test_one_scheme_targets_linear_and_ignores_by_name(plan_of) -> None:
     assert config["ignore"] == ["layers.0.gate", "lm_head"]
 
 
+_GATE = r"re:^model\.layers\.\d+\.mlp\.gate$"
+_STORED_GATE = r"re:^model\.layers\.\d+\.block_sparse_moe\.gate$"
+
+
+def test_modules_are_named_as_in_the_model_and_as_in_the_files(tiny_model) -> None:
+    """vLLM looks for the names of the files: Mixtral's router would become a quantized layer there."""
+    config = HfQuantConfig(grid="int", method="absmax", skip=["re:.*experts.*"])
+    plan = make_plan(tiny_model("mixtral"), config)
+    gate = "model.layers.1.block_sparse_moe.gate"
+    assert plan.stored_names["model.layers.1.mlp.gate"] == gate
+    assert not any("self_attn" in name or name == "lm_head" for name in plan.stored_names)
+    made = json.loads(json.dumps(ct.quantization_config(plan)))
+    assert {_GATE, _STORED_GATE} <= set(made["ignore"])
+    resolver = ct.read_config(made)
+    for name in (gate, "model.layers.0.block_sparse_moe.experts.3.w1", "model.layers.0.mlp.experts.3.w1"):
+        assert resolver(name, 64, 64) is None
+    assert resolver("model.layers.0.self_attn.q_proj", 64, 64) is not None
+
+
+def test_every_group_has_both_names(tiny_model) -> None:
+    config = HfQuantConfig(grid="int", method="absmax", overrides={"re:.*experts.*w2": {"bits": 8}})
+    resolver = ct.read_config(ct.quantization_config(make_plan(tiny_model("mixtral"), config)))
+    for block in ("mlp", "block_sparse_moe"):
+        bits = [resolver(f"model.layers.0.{block}.experts.2.{name}", 128, 128) for name in ("w1", "w2", "w3")]
+        assert [scheme and scheme.bits for scheme in bits] == [4, 8, 4]
+        assert resolver(f"model.layers.0.{block}.gate", 64, 4) is None
+
+
+def test_names_that_files_share_with_the_model_are_given_once(tiny_model) -> None:
+    plan = make_plan(tiny_model("qwen3_moe"), HfQuantConfig(grid="int", method="absmax"))
+    assert plan.stored_names == {}
+    assert ct.quantization_config(plan)["ignore"] == [_GATE, "lm_head"]
+
+
 def test_config_is_compact_and_accepted_by_transformers(tiny_model) -> None:
     from transformers import CompressedTensorsConfig
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hf_quant
 from hf_quant.config import HfQuantConfig
 from hf_quant.formats import FORMATS
 from hf_quant.plan import make_plan
@@ -143,6 +144,15 @@ class Outcome:
     tensors: dict[str, torch.Tensor]
 
 
+def _load_with_stock(jobs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What the child says of every job; the logits lie in ``folder``."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    subprocess.run([sys.executable, str(CHILD), str(folder)], cwd=folder, env=environment, check=True, timeout=600)
+    reports: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return reports
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, tiny_model, absmax_tensor) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("stock")
@@ -152,10 +162,7 @@ def outcomes(tmp_path_factory, tiny_model, absmax_tensor) -> dict[str, Any]:
         written[case.name] = _write(path, case, tiny_model(case.architecture), absmax_tensor)
         kind = json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"]
         jobs.append({"name": case.name, "path": str(path), "dequantize": case.dequantize, "kind": kind})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    subprocess.run([sys.executable, str(CHILD), str(folder)], cwd=folder, env=environment, check=True, timeout=600)
-    reports = json.loads((folder / "results.json").read_text())
+    reports = _load_with_stock(jobs, folder)
     outcomes: dict[str, Any] = {"foreign": reports["foreign"], "bfloat16 only": reports["bfloat16 only"]}
     for case in CASES:
         file = folder / f"{case.name}.safetensors"
@@ -208,3 +215,29 @@ def test_the_card_sentence_agrees_with_what_loads(outcomes) -> None:
         cannot = "cannot load" in sentence or (dequantize and "do not pass" in sentence)
         assert ((sentence, dequantize) in failed) == (cannot or (needs and not dequantize)), (sentence, dequantize)
     assert not worked & failed
+
+
+def test_float_experts_beside_packed_layers(tmp_path, tiny_model) -> None:
+    """Stock transformers takes experts that it merges for packed ones; those of other files it loads, as we say."""
+    jobs, expected = [], {}
+    for kind in ("mixtral", "qwen3_moe", "gpt_oss"):
+        directory, config = tmp_path / kind, HfQuantConfig(method="absmax", skip=["re:.*experts.*"])
+        model = hf_quant.quantize(tiny_model(kind), config, directory)
+        with torch.no_grad():
+            expected[kind] = model(IDS).logits
+        again = hf_quant.load(directory, kernel="reference")
+        with torch.no_grad():
+            assert _relative(again(IDS).logits, expected[kind]) <= 1e-5
+        jobs.append({"name": f"{kind}-logits", "path": str(directory), "dequantize": False, "kind": "int"})
+    reports = _load_with_stock(jobs, tmp_path)
+    for kind, logits in expected.items():
+        report = reports[f"{kind}-logits"]
+        said = json.loads((tmp_path / kind / "config.json").read_text())["hf_quant"]["stock_loading"]
+        assert ("in float beside packed layers" in said) == (kind != "gpt_oss")
+        if "cannot load" in said:
+            assert "conversion" in report["error"]
+            continue
+        assert report.get("keys") == {}, report
+        assert len(report["packed"]) == 8 and all("self_attn" in name for name in report["packed"])
+        found = load_file(tmp_path / f"{kind}-logits.safetensors")["logits"]
+        assert _relative(found, logits) <= 1e-5
