@@ -207,7 +207,8 @@ def run(python: Path, request: dict[str, Any]) -> tuple[dict[str, Any] | None, s
 
 def root_cause(log: str) -> str:
     """The first error of a log of several processes that says what went wrong: at most 200 characters."""
-    lines = [re.sub(r"^\(.*?pid=\d+\) ERROR \S+ \S+ \[.*?\] ", "", line) for line in log.splitlines()]
+    lines = [line for line in log.splitlines() if not re.match(r"(\(.*?pid=\d+\) )?(INFO|WARNING) ", line)]
+    lines = [re.sub(r"^\(.*?pid=\d+\) ERROR \S+ \S+ \[.*?\] ", "", line) for line in lines]
     errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception): ", line)]
     errors = [i for i in errors if not re.search("root cause|initialization failed", lines[i])]
     if not errors:
