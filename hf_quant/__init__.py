@@ -22,6 +22,7 @@ from hf_quant.version import __version__
 
 if TYPE_CHECKING:
     from hf_quant.api import LayerReport, inspect_model, load, quantize, save
+    from hf_quant.comparison import compare
     from hf_quant.config import HfQuantConfig
     from hf_quant.hub import push, push_model
     from hf_quant.integrations.stock import disable, enable
@@ -34,6 +35,7 @@ __all__ = [
     "HfQuantError",
     "LayerReport",
     "__version__",
+    "compare",
     "describe_fused",
     "disable",
     "enable",
@@ -55,6 +57,7 @@ _HOMES = {
     "disable": _PLUGIN,
     "enable": _PLUGIN,
     **dict.fromkeys(("push", "push_model"), "hf_quant.hub"),
+    "compare": "hf_quant.comparison",
     "verify": "hf_quant.verification",
     **dict.fromkeys(("FusedReport", "describe_fused", "fuse", "unfuse"), "hf_quant.nn.fused"),
     **dict.fromkeys(("LayerReport", "inspect_model", "load", "save"), "hf_quant.api"),

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from hf_quant.cli import (
     chatting,
+    comparing,
     converting,
     demonstrating,
     inspecting,
@@ -106,6 +107,7 @@ def root(
 app.command("plan")(quantizing.plan)
 app.command("quantize")(quantizing.quantize)
 app.command("evaluate")(measuring.evaluate)
+app.command("compare")(comparing.compare)
 app.command("card")(measuring.card)
 app.command("push")(publishing.push)
 app.command("verify")(verifying.verify)
