@@ -59,7 +59,7 @@ def _lookup_shape(ids: torch.Tensor, index: int, columns: int) -> torch.Tensor:
 def check(model: PreTrainedModel) -> None:
     """Raises FormatError for a model or a layer that cannot be written, naming it."""
     name = type(model).__name__
-    if not name.endswith("ForCausalLM") or model.config.is_encoder_decoder:
+    if not name.endswith(("ForCausalLM", "LMHeadModel")) or model.config.is_encoder_decoder:
         raise FormatError(
             f"{name} ({model.config.model_type}) cannot be written for OpenVINO: it has to be a causal language model.",
             _STAY,

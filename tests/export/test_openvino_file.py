@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
         {"u4", "u8"},
     ),
     "gemma3": ("gemma3_text", {**WINDOW, "query_pre_attn_scalar": 16}, {"bits": 8, "group_size": -1}, {"i8", "f32"}),
+    "gpt2": ("gpt2", {}, {"grid": "nf4", "group_size": 32}, {"nf4", "f32"}),
 }
 
 
