@@ -70,6 +70,13 @@ def evaluate(
             help="Measure what --activations int8 would add too, where the kernels can do it.",
         ),
     ] = True,
+    depth: Annotated[
+        bool,
+        typer.Option(
+            "--depth/--no-depth",
+            help="Measure where it is lost too: by confidence, by position, layer by layer, in generated answers.",
+        ),
+    ] = True,
     tasks: t.Tasks = None,
     only_tasks: t.OnlyTasks = False,
     num_fewshot: t.NumFewshot = None,
@@ -140,6 +147,7 @@ def evaluate(
             speed=speed,
             noise_floor=noise_floor,
             int8_activations=int8_activations,
+            depth=depth,
             **shared,
         )
     if chosen is not None:

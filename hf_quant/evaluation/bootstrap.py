@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from hf_quant.evaluation.results import Interval
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
+_ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+_QUANTILE_SAMPLES = 1000  # each sorts all positions of all windows
 
 
 class Bootstrap:
@@ -43,10 +45,21 @@ class Bootstrap:
         function = statistic or _first
         value = function(*(np.asarray([array.mean()]) for array in per_window))[0]
         resampled = function(*(array[self._picks].mean(axis=1) for array in per_window))
-        low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.nanquantile(resampled, _ENDS)  # a resample without any position of a slice says nothing of it
         # A percentile interval need not contain the point estimate of a skewed statistic; a table that says otherwise
         # would confuse more than it would inform.
         return Interval(value=float(value), low=float(min(low, value)), high=float(max(high, value)))
+
+    def quantiles(self, values: Array, levels: Sequence[float]) -> list[Interval]:
+        """Quantiles over all entries of ``values [windows, n]``, with 95 % intervals of at most 1,000 resamples."""
+        found = np.quantile(values, levels)
+        picks = self._picks[:_QUANTILE_SAMPLES]
+        resampled = np.asarray([np.quantile(values[pick], levels) for pick in picks])
+        low, high = np.quantile(resampled, _ENDS, axis=0)
+        return [
+            Interval(value=float(value), low=float(min(a, value)), high=float(max(b, value)))
+            for value, a, b in zip(found, low, high, strict=True)
+        ]
 
 
 def _first(values: Array) -> Array:
@@ -56,6 +69,11 @@ def _first(values: Array) -> Array:
 def perplexity(nll: Array) -> Array:
     """exp of the mean negative log-likelihood (nats per token)."""
     return np.exp(nll)
+
+
+def ratio(total: Array, count: Array) -> Array:
+    """total / count; NaN where nothing was counted."""
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
 def increase_percent(nll_float: Array, nll_quantized: Array) -> Array:

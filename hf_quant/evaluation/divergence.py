@@ -41,12 +41,14 @@ class Divergence:
         nll_reference: float64 ``[windows, length - 1]``, the reference's negative log-likelihoods.
         nll_model: the model's.
         agree: bool ``[windows, length - 1]``, both models' most likely token is the same.
+        confidence: the probability of the reference's most likely token.
     """
 
     kl: Array
     nll_reference: Array
     nll_model: Array
     agree: NDArray[np.bool_]
+    confidence: Array
 
     @property
     def kl_p99(self) -> float:
@@ -103,7 +105,8 @@ def compare(reference: Reference, stream: LogitStream, advance: Callable[[], Non
     windows, length = reference.ids.shape
     scored = length - 1
     shape = (windows, scored)
-    result = Divergence(np.empty(shape), np.empty(shape), np.empty(shape), np.empty(shape, dtype=np.bool_))
+    kls, references, models, sure = (np.empty(shape) for _ in range(4))
+    result = Divergence(kls, references, models, np.empty(shape, dtype=np.bool_), sure)
     size = min(stream.chunk, reference.stream.chunk)
     for window, row in enumerate(reference.ids):
         other = stream.hidden(row.unsqueeze(0))
@@ -111,11 +114,12 @@ def compare(reference: Reference, stream: LogitStream, advance: Callable[[], Non
             actual = stream.logits(other, start, stop)
             expected = reference.stream.logits(reference.hidden[window], start, stop).to(actual.device)
             targets = row[start + 1 : stop + 1].to(actual.device)
-            kl, nll_reference, nll_model, agree = _scores(expected, actual, targets)
+            kl, nll_reference, nll_model, agree, confidence = _scores(expected, actual, targets)
             result.kl[window, start:stop] = kl.cpu().numpy()
             result.nll_reference[window, start:stop] = nll_reference.cpu().numpy()
             result.nll_model[window, start:stop] = nll_model.cpu().numpy()
             result.agree[window, start:stop] = agree.cpu().numpy()
+            result.confidence[window, start:stop] = confidence.cpu().numpy()
         for name, values in ((reference.stream.name, result.nll_reference), (stream.name, result.nll_model)):
             if not np.isfinite(values[window]).all():
                 raise EvaluationError(
@@ -129,11 +133,15 @@ def compare(reference: Reference, stream: LogitStream, advance: Callable[[], Non
 
 def _scores(
     expected: torch.Tensor, actual: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL, both losses and agreement per position from float32 logits ``[n, vocabulary]`` and targets ``[n]``."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KL, both losses, agreement and the reference's top-1 probability per position.
+
+    Of float32 logits ``[n, vocabulary]`` and targets ``[n]``.
+    """
     kl, agree, log_p, log_q = compare_logits(expected, actual)
     index = targets.unsqueeze(-1)
-    return kl, -log_p.gather(-1, index).squeeze(-1), -log_q.gather(-1, index).squeeze(-1), agree
+    confidence = log_p.amax(dim=-1).exp()
+    return kl, -log_p.gather(-1, index).squeeze(-1), -log_q.gather(-1, index).squeeze(-1), agree, confidence
 
 
 def compare_logits(

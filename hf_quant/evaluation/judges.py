@@ -53,12 +53,14 @@ class Panel:
         windows, length: per text or set of samples.
         cuts: windows of text, for models that continue it.
         examiners: everything else.
+        tokenizer: of the windows.
     """
 
     windows: int
     length: int
     cuts: tuple[Windows, ...] = ()
     examiners: list[Examiner] = field(default_factory=list)
+    tokenizer: Any = None
 
     @property
     def judges(self) -> list[Judge]:
@@ -116,7 +118,7 @@ class _Maker:
                 cut_windows(text, self.tokenizer, self.windows, length, self.request.seed) for text in self.texts()
             )
             examiners = [] if self.kind.measure == "causal" else self.described()
-            return Panel(self.windows, length, cuts, examiners)
+            return Panel(self.windows, length, cuts, examiners, self.tokenizer)
         if seen:
             samples = self.media("images" if seen == "images" else "audio", self.reader(seen))
             return Panel(self.windows, 0, (), [Examiner(samples, self.examination())])

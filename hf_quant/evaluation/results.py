@@ -5,23 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from hf_quant.checkpoint.contents import RESULTS_FILE as RESULTS_FILE
 from hf_quant.errors import EvaluationError
+from hf_quant.evaluation.depth_results import DepthResult, TextDepth
+from hf_quant.evaluation.interval import Interval as Interval
+from hf_quant.evaluation.interval import Strict as _Strict
 from hf_quant.evaluation.task_results import TaskRun
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Interval(_Strict):
-    """A figure with its 95 % confidence interval (bootstrap over windows)."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Protocol(_Strict):
@@ -66,6 +57,7 @@ class TextResult(_Strict):
         top1_agreement: share (0 to 1) of positions where both models' most likely token is the same.
         int8_activations: what ``activations="int8"`` makes of it; None where it was not measured or changes nothing.
         perplexity_increase_percent: paired: both models saw the same windows in every resample.
+        depth: where in the text it was lost; None where that was not measured.
     """
 
     name: str
@@ -81,6 +73,7 @@ class TextResult(_Strict):
     top1_agreement: Interval
     noise_floor: NoiseFloor | None
     int8_activations: RoundedActivations | None = None
+    depth: TextDepth | None = None
 
 
 class Figure(_Strict):
@@ -157,7 +150,20 @@ class SizeResult(_Strict):
 
 
 class SpeedResult(_Strict):
-    """Medians of repeated runs at batch 1, both models in turns in one process, on the machine in ``Environment``."""
+    """Medians of repeated runs, both models in turns in one process, on the machine in ``Environment``.
+
+    Results from before a figure was measured have None there.
+
+    Attributes:
+        prefill_tokens_per_second, decode_tokens_per_second: at batch 1.
+        first_token_seconds: from a prompt of ``prefill_tokens`` tokens to the first new token of ``generate``.
+        batch: sequences of the two figures below, which count the tokens of all of them; prompts of
+            ``batch_prefill_tokens`` tokens each.
+        peak_bytes: how far the process's (or the accelerator's) memory grew while the model was loaded and ran once,
+            pages of its files that were touched included.
+        token_bytes: weights that one decoded token reads; None for mixtures of experts, which read some of them.
+        read_bandwidth: GB/s that this machine reads memory with, measured in the same run; None on accelerators.
+    """
 
     model: Literal["float", "quantized"]
     dtype: str
@@ -169,6 +175,21 @@ class SpeedResult(_Strict):
     decode_tokens: int
     decode_tokens_per_second: float
     repeats: int
+    first_token_seconds: float | None = None
+    batch: int | None = None
+    batch_prefill_tokens: int | None = None
+    batch_prefill_tokens_per_second: float | None = None
+    batch_decode_tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+    token_bytes: int | None = None
+    read_bandwidth: float | None = None
+
+    @property
+    def bandwidth_share(self) -> float | None:
+        """Bytes of weights per second while one sequence is decoded, over the read bandwidth."""
+        if self.token_bytes is None or self.read_bandwidth is None:
+            return None
+        return self.decode_tokens_per_second * self.token_bytes / (1e9 * self.read_bandwidth)
 
 
 class ThroughputResult(_Strict):
@@ -216,6 +237,7 @@ class EvaluationResult(_Strict):
             activations where it has a choice; at another dtype than that of ``speed`` other kernels may run.
         command: how to get these results again.
         tasks: benchmark tasks, each run with its own settings and command.
+        depth: errors layer by layer and in generated answers, of models that continue text.
     """
 
     schema_version: Literal[1] = 1
@@ -237,6 +259,7 @@ class EvaluationResult(_Strict):
     environment: Environment
     command: str | None
     tasks: tuple[TaskRun, ...] = ()
+    depth: DepthResult | None = None
 
     @classmethod
     def read(cls, path: Path | str) -> EvaluationResult:

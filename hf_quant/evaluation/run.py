@@ -17,8 +17,11 @@ from hf_quant.errors import EvaluationError
 from hf_quant.evaluation import environment
 from hf_quant.evaluation.accuracy import AUTO_KERNEL, Job, accuracy, environment_of, forces, name_of
 from hf_quant.evaluation.bootstrap import Bootstrap
+from hf_quant.evaluation.depth import DepthJudge
+from hf_quant.evaluation.depth_slices import text_depth
 from hf_quant.evaluation.divergence import Divergence
 from hf_quant.evaluation.judges import Panel, Request, make_panel
+from hf_quant.evaluation.machine import peak_growth
 from hf_quant.evaluation.progress import Stages
 from hf_quant.evaluation.results import (
     RESULTS_FILE,
@@ -33,7 +36,7 @@ from hf_quant.evaluation.results import (
 )
 from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes
 from hf_quant.evaluation.sources import Origin, Source, opened, quiet_loading, timed_load
-from hf_quant.evaluation.speed import Subject, measure, measure_passes
+from hf_quant.evaluation.speed import Subject, measure, measure_passes, run_once
 from hf_quant.evaluation.task_record import with_earlier_tasks
 from hf_quant.evaluation.text import Text, Windows
 from hf_quant.kernels import registry
@@ -57,6 +60,7 @@ def evaluate(
     speed: bool = True,
     noise_floor: bool = True,
     int8_activations: bool = True,
+    depth: bool = True,
     kernel: str = AUTO_KERNEL,
     activations: str = registry.FLOAT,
     repeats: int = 3,
@@ -94,6 +98,8 @@ def evaluate(
         speed: measure load seconds, prefill and decode tokens per second too.
         noise_floor: compare the reference in 16 bits with itself too.
         int8_activations: measure what ``activations="int8"`` adds too, where the candidate's kernels can do it.
+        depth: of models that continue text, measure where it is lost too: by the float model's confidence, by position,
+            layer by layer, in generated answers.
         kernel: force one of our kernels for the candidate (``auto``: the best for each layer).
         activations: ``int8`` allows our kernels to round the candidate's activations to 8 bits.
         repeats: timed runs for the speed.
@@ -150,10 +156,14 @@ def evaluate(
             kernel,
             activations,
         )
-        found = accuracy(job, panel.judges, noise_floor, int8_activations)
+        # last, because its finding is one of the model, not of a text
+        inside = DepthJudge(panel.cuts[0], panel.tokenizer) if depth and panel.cuts else None
+        judges = [*panel.judges, *([inside] if inside is not None else [])]
+        found = accuracy(job, judges, noise_floor, int8_activations)
         sizes, speeds, throughputs = _footprint(job, panel, bits, repeats if speed else 0)
     findings = list(zip(found.measured, found.rounded, found.floors, strict=True))
-    texts_found, samples_found = findings[: len(panel.cuts)], findings[len(panel.cuts) :]
+    texts_found = findings[: len(panel.cuts)]
+    samples_found = findings[len(panel.cuts) : len(panel.cuts) + len(panel.examiners)]
     bootstrap = Bootstrap(panel.windows, bootstrap_samples, seed)
     return EvaluationResult(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -173,7 +183,7 @@ def evaluate(
             bootstrap_samples=bootstrap_samples,
         ),
         texts=tuple(
-            _text_result(cut, *finding, job.floor_dtype, bootstrap)
+            _text_result(cut, *finding, job.floor_dtype, bootstrap, depth)
             for cut, finding in zip(panel.cuts, texts_found, strict=True)
         ),
         samples=tuple(
@@ -186,6 +196,9 @@ def evaluate(
         throughput=throughputs,
         environment=environment.describe(),
         command=command,
+        depth=None
+        if inside is None
+        else inside.result(found.measured[-1], found.floors[-1], name_of(job.floor_dtype), bootstrap_samples, seed),
     )
 
 
@@ -220,11 +233,13 @@ def _footprint(
     memory = []
     dtypes = []
     for role, origin in (("float", job.reference), ("quantized", job.candidate)):
-        with job.stages.stage(f"load {role} model in {name_of(job.narrow)}"):
+        with job.stages.stage(f"load {role} model in {name_of(job.narrow)}"), peak_growth(job.device) as peak:
             model, seconds = timed_load(origin, job.narrow, job.device)
+            if repeats and panel.cuts:
+                run_once(model, panel.cuts[0].ids.flatten())
         dtypes.append(name_of(model.dtype))  # some formats do not follow the dtype that is asked for
         if repeats:
-            subjects.append(Subject("float" if role == "float" else "quantized", model, seconds))
+            subjects.append(Subject("float" if role == "float" else "quantized", model, seconds, peak.nbytes))
         else:
             memory.append(memory_bytes(model))
         del model
@@ -260,6 +275,7 @@ def _text_result(
     floor: Divergence | None,
     floor_dtype: torch.dtype,
     bootstrap: Bootstrap,
+    depth: bool,
 ) -> TextResult:
     summary = measured.summary(bootstrap)
     noise = rounded = None
@@ -290,6 +306,7 @@ def _text_result(
         top1_agreement=summary.top1_agreement,
         noise_floor=noise,
         int8_activations=rounded,
+        depth=text_depth(measured, floor, bootstrap) if depth else None,
     )
 
 

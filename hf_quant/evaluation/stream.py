@@ -147,7 +147,7 @@ class LogitStream:
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             calls.pop()
-            states = None if calls or isinstance(output, torch.Tensor) else _states(output)
+            states = None if calls or isinstance(output, torch.Tensor) else states_in(output)
             if states is not None and states.ndim == 3 and states.shape[:2] == ids.shape:
                 found.append(module)
 
@@ -182,8 +182,8 @@ def chunks(length: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, length)
 
 
-def _states(output: Any) -> torch.Tensor | None:
-    """The hidden states in a backbone's output (a ModelOutput or a tuple)."""
+def states_in(output: Any) -> torch.Tensor | None:
+    """The hidden states in a module's output (a tensor, a ModelOutput or a tuple); None where there are none."""
     if isinstance(output, torch.Tensor):
         return output
     try:
