@@ -30,8 +30,9 @@ import torch
 from rich.console import Console
 from torch.nn import functional
 
+from hf_quant.evaluation.machine import read_bandwidth
 from hf_quant.grids import PER_CHANNEL, Scheme
-from hf_quant.kernels import cpu, int4pack, memory, registry
+from hf_quant.kernels import cpu, int4pack, registry
 from hf_quant.kernels.registry import FLOAT, INT8, LayerSpec
 from hf_quant.tensor import QuantizedTensor
 
@@ -41,7 +42,6 @@ from scripts.kernel_tables import Timing, show, summary
 from scripts.measuring import fill_between
 
 ROTATE_BYTES = 256 << 20
-BANDWIDTH_BYTES = 768 << 20
 SCHEMES = "int4-sym-g64,int4-asym-g64,int8-sym-g64,int8-sym-channel,nf4-g64"
 SHAPES = "576x576,2048x2048,8192x2048,2048x8192"
 MARKS = ("<!-- table:kernels -->", "<!-- /table:kernels -->")
@@ -247,17 +247,6 @@ def cell(
     return [timing(entry, times.get(entry.name, [])) for entry in entries + dropped]
 
 
-def bandwidth() -> float:
-    """GB/s of reading memory once (a sum over 768 MB, in huge pages where there are any), best of five."""
-    block = memory.empty(BANDWIDTH_BYTES // 8, torch.int64).fill_(1)
-    times = []
-    for _ in range(5):
-        before = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - before)
-    return BANDWIDTH_BYTES / min(times) / 1e9
-
-
 @contextmanager
 def row_limit(limit: int) -> Iterator[None]:
     """Make the cpu kernel use torch's ops up to ``limit`` rows."""
@@ -344,7 +333,7 @@ def main() -> int:
     if arguments.crossover:
         crossover(shapes, schemes, arguments.seconds, console)
         return 0
-    about, read = machine(), bandwidth()
+    about, read = machine(), read_bandwidth()
     console.print(f"{about}, read bandwidth {read:.1f} GB/s")
     results: list[Timing] = []
     for shape in shapes:

@@ -27,11 +27,23 @@ def disk_bytes(directory: Path) -> int:
 
 def memory_bytes(model: nn.Module) -> int:
     """Bytes of every parameter and buffer, also those that kernels keep beside them; shared storage counts once."""
-    seen: dict[tuple[str, int], int] = {}
-    for tensor in _tensors(model):
-        storage = tensor.untyped_storage()
-        seen[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
-    return sum(seen.values())
+    return sum(_storages(model).values())
+
+
+def token_bytes(model: nn.Module) -> int | None:
+    """Bytes of weights that one decoded token reads: all but an input embedding that is not the output head as well.
+
+    None for mixtures of experts, which read only those that they choose.
+    """
+    if any("experts" in name.rpartition(".")[2] for name, _ in model.named_modules()):
+        return None
+    storages = _storages(model)
+    find_input, find_output = (getattr(model, f"get_{end}put_embeddings", lambda: None) for end in ("in", "out"))
+    table, head = find_input(), find_output()
+    looked_up = (
+        set() if table is None else _storages(table).keys() - (set() if head is None else _storages(head).keys())
+    )
+    return sum(nbytes for key, nbytes in storages.items() if key not in looked_up)
 
 
 def bits_per_weight(candidate: Path, reference: Path) -> float:
@@ -71,6 +83,15 @@ def bits_per_weight(candidate: Path, reference: Path) -> float:
             "give the float model that it was made from.",
         )
     return float_bits / float_weights
+
+
+def _storages(model: nn.Module) -> dict[tuple[str, int], int]:
+    """Bytes of every storage, by device and address."""
+    seen: dict[tuple[str, int], int] = {}
+    for tensor in _tensors(model):
+        storage = tensor.untyped_storage()
+        seen[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
+    return seen
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Prefill and decode tokens per second of two models, taken in turns, and the kernels that ran."""
+"""Speed of models that take turns: first token, prefill and decode, alone and eight at once; the kernels that ran."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from transformers.pytorch_utils import Conv1D
 
 from hf_quant.evaluation.examination import placed
+from hf_quant.evaluation.machine import read_bandwidth
 from hf_quant.evaluation.results import SpeedResult, ThroughputResult
+from hf_quant.evaluation.size import token_bytes
 from hf_quant.evaluation.sources import synchronize
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 64
 PASSES = 32
+BATCH = 8
+BATCH_PREFILL_TOKENS = 128
 _PROMPT_TOKENS = 16
 
 
@@ -31,8 +35,12 @@ class Subject:
     role: Literal["float", "quantized"]
     model: PreTrainedModel
     load_seconds: float
+    peak_bytes: int | None = None
     prefill: list[float] = field(default_factory=list)
+    first_token: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+    batch_prefill: list[float] = field(default_factory=list)
+    batch_decode: list[float] = field(default_factory=list)
     passes: list[float] = field(default_factory=list)
 
     @property
@@ -61,7 +69,7 @@ def measure(
     decode_tokens: int = DECODE_TOKENS,
     advance: Callable[[], None] | None = None,
 ) -> tuple[SpeedResult, ...]:
-    """Median speeds at batch 1, each model once to warm up and then ``repeats`` times, in turns.
+    """Median speeds at batch 1 and 8, each model once to warm up and then ``repeats`` times, in turns.
 
     In turns, so that a machine that slows down or is disturbed slows them all.
 
@@ -73,16 +81,26 @@ def measure(
         decode_tokens: new tokens of a greedy generate(), after a short prompt; the first one is not timed.
         advance: called after each model's turn, ``len(subjects) * (repeats + 1)`` times.
     """
-    prefill_ids = ids[: min(PREFILL_TOKENS, len(ids), *(_context(s.model) for s in subjects))].unsqueeze(0)
-    room = min(_context(s.model) for s in subjects)
-    decode_tokens = max(2, min(decode_tokens, room - _PROMPT_TOKENS))
-    prompt = ids[:_PROMPT_TOKENS].unsqueeze(0)
+    prefill_ids, prompt, decode_tokens = _prompts(ids, [subject.model for subject in subjects], decode_tokens)
+    room = min(BATCH_PREFILL_TOKENS, prefill_ids.shape[1], len(ids) // BATCH)
+    batch_ids = ids[: BATCH * room].view(BATCH, room)
+    batch_prompts = batch_ids[:, :_PROMPT_TOKENS]
+    bandwidth = read_bandwidth() if all(subject.device.type == "cpu" for subject in subjects) else None
     for turn in range(repeats + 1):
         for subject in subjects:
-            seconds = _prefill(subject, prefill_ids), _decode(subject, prompt, decode_tokens)
+            seconds = (
+                _prefill(subject, prefill_ids),
+                _first_token(subject, prefill_ids),
+                _decode(subject, prompt, decode_tokens),
+                _prefill(subject, batch_ids),
+                _decode(subject, batch_prompts, decode_tokens),
+            )
             if turn:
                 subject.prefill.append(prefill_ids.shape[1] / seconds[0])
-                subject.decode.append((decode_tokens - 1) / seconds[1])
+                subject.first_token.append(seconds[1])
+                subject.decode.append((decode_tokens - 1) / seconds[2])
+                subject.batch_prefill.append(batch_ids.numel() / seconds[3])
+                subject.batch_decode.append(BATCH * (decode_tokens - 1) / seconds[4])
             if advance is not None:
                 advance()
     return tuple(
@@ -90,12 +108,37 @@ def measure(
             **_described(subject),
             prefill_tokens=prefill_ids.shape[1],
             prefill_tokens_per_second=statistics.median(subject.prefill),
+            first_token_seconds=statistics.median(subject.first_token),
             decode_tokens=decode_tokens,
             decode_tokens_per_second=statistics.median(subject.decode),
+            batch=BATCH,
+            batch_prefill_tokens=batch_ids.shape[1],
+            batch_prefill_tokens_per_second=statistics.median(subject.batch_prefill),
+            batch_decode_tokens_per_second=statistics.median(subject.batch_decode),
+            peak_bytes=subject.peak_bytes,
+            token_bytes=token_bytes(subject.model),
+            read_bandwidth=bandwidth,
             repeats=repeats,
         )
         for subject in subjects
     )
+
+
+def run_once(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """The prompt of :func:`measure` and a few tokens, for what a model needs when it runs; not timed."""
+    subject = Subject("quantized", model, 0.0)
+    prefill_ids, prompt, decode_tokens = _prompts(ids, [model], 2)
+    _prefill(subject, prefill_ids)
+    _decode(subject, prompt, decode_tokens)
+
+
+def _prompts(
+    ids: torch.Tensor, models: Sequence[PreTrainedModel], decode_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(a long prompt ``[1, tokens]``, a short one, how many tokens there is room for after it) that suit all models."""
+    room = min(_context(model) for model in models)
+    prefill_ids = ids[: min(PREFILL_TOKENS, len(ids), room)].unsqueeze(0)
+    return prefill_ids, ids[:_PROMPT_TOKENS].unsqueeze(0), max(2, min(decode_tokens, room - _PROMPT_TOKENS))
 
 
 def measure_passes(
@@ -198,8 +241,23 @@ def _prefill(subject: Subject, ids: torch.Tensor) -> float:
 
 
 @torch.no_grad()
+def _first_token(subject: Subject, ids: torch.Tensor) -> float:
+    """Seconds from a call of generate() to its first token."""
+    ids = ids[:, : _context(subject.model) - 1]
+    synchronize(str(subject.device))
+    start = time.perf_counter()
+    return _generate(subject, ids, 1)[0] - start
+
+
+@torch.no_grad()
 def _decode(subject: Subject, prompt: torch.Tensor, new_tokens: int) -> float:
     """Seconds from the first new token to the last one of a greedy generate()."""
+    times = _generate(subject, prompt, new_tokens)
+    return times[-1] - times[0]
+
+
+def _generate(subject: Subject, prompt: torch.Tensor, new_tokens: int) -> list[float]:
+    """When each new token of a greedy generate() was there; of ``prompt`` ``[sequences, tokens]``."""
     clock = _Clock(subject.device)
     own = subject.model.generation_config
     eos = own.eos_token_id if own is not None else None
@@ -219,4 +277,4 @@ def _decode(subject: Subject, prompt: torch.Tensor, new_tokens: int) -> float:
         generation_config=settings,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
-    return clock.times[-1] - clock.times[0]
+    return clock.times

@@ -50,6 +50,8 @@ def _tables(result: EvaluationResult) -> list[tuple[str, list[str], list[list[st
     tables.append(("Size", *_size(result)))
     if result.speed:
         tables.append(("Speed", *_speed(result.speed)))
+        if any(run.batch is not None for run in result.speed):
+            tables.append(("Memory and bandwidth", *_memory(result.speed)))
     if result.tasks:
         tables.append(("Tasks", HEADER, [row.cells for row in task_rows(result.tasks)]))
     if result.throughput:
@@ -163,6 +165,35 @@ def _speed(speeds: tuple[SpeedResult, ...]) -> tuple[list[str], list[list[str]]]
         for run in speeds
     ]
     return header, rows
+
+
+def _memory(speeds: tuple[SpeedResult, ...]) -> tuple[list[str], list[list[str]]]:
+    first = speeds[0]
+    bandwidth = "" if first.read_bandwidth is None else f" (of {first.read_bandwidth:.1f} GB/s)"
+    header = [
+        f"{first.batch} sequences",
+        f"first token after {first.prefill_tokens}, s",
+        f"prefill of {first.batch} × {first.batch_prefill_tokens}, tok/s",
+        f"decode of {first.batch}, tok/s",
+        "peak memory",
+        f"read per token{bandwidth}",
+    ]
+    return header, [
+        [
+            run.model,
+            _known(run.first_token_seconds, ".3f"),
+            _known(run.batch_prefill_tokens_per_second, ",.0f"),
+            _known(run.batch_decode_tokens_per_second, ".1f"),
+            "" if run.peak_bytes is None else amount(run.peak_bytes),
+            ("" if run.token_bytes is None else amount(run.token_bytes))
+            + ("" if run.bandwidth_share is None else f" ({run.bandwidth_share:.0%})"),
+        ]
+        for run in speeds
+    ]
+
+
+def _known(value: float | None, spec: str) -> str:
+    return "" if value is None else f"{value:{spec}}"
 
 
 def amount(count: int) -> str:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from scripts.bench_kernels import bandwidth
+from hf_quant.evaluation.machine import read_bandwidth
 from scripts.speed_peers.protocol import serve
 
 
 def measure(threads: int) -> dict[str, Any]:
     """GB/s of reading memory once with ``threads`` threads."""
     torch.set_num_threads(threads)
-    return {"gigabytes_per_second": bandwidth()}
+    return {"gigabytes_per_second": read_bandwidth()}
 
 
 if __name__ == "__main__":

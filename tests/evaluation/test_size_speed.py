@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_quant.errors import EvaluationError
-from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes
+from hf_quant.evaluation.machine import peak_growth
+from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes, token_bytes
 from hf_quant.evaluation.speed import Subject, kernels, measure
 
 
@@ -154,12 +157,42 @@ def test_models_take_turns_and_sampling_is_off(tiny_model):
         decode_tokens=5,
         advance=lambda: seconds.append(1),
     )
-    turn = ["a"] * 6 + ["b"] * 6  # one prefill, five decoded tokens
+    turn = ["a"] * 13 + ["b"] * 13  # a prefill, a first token, five decoded tokens; a prefill and five tokens of eight
     assert order == turn * 3
     assert len(seconds) == 6
     assert [s.load_seconds for s in speeds] == [1.5, 2.5]
     assert speeds[0].prefill_tokens == 256, "the context of the tiny model"
     assert speeds[0].decode_tokens == 5 and speeds[0].dtype == "float32"
+    assert (speeds[0].batch, speeds[0].batch_prefill_tokens) == (8, 75), "600 tokens of text"
+    for speed in speeds:
+        assert speed.first_token_seconds > 0 and speed.batch_decode_tokens_per_second > 0
+        rate = speed.decode_tokens_per_second * speed.token_bytes / 1e9
+        assert speed.bandwidth_share == pytest.approx(rate / speed.read_bandwidth)
+
+
+def test_bytes_read_per_token(tiny_model):
+    model = tiny_model("llama")
+    assert not model.config.tie_word_embeddings
+    every = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    assert token_bytes(model) == every - model.get_input_embeddings().weight.nbytes, "a row of the table is looked up"
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    assert token_bytes(model) == every - model.get_input_embeddings().weight.nbytes, "read whole, as the head"
+    experts = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mixtral", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                             num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    )  # fmt: skip
+    assert token_bytes(experts) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_growth_sees_what_is_freed_again():
+    with peak_growth("cpu") as peak:
+        block = torch.ones(64 << 20, dtype=torch.uint8)
+        del block
+    assert 60 << 20 <= peak.nbytes < 200 << 20
+    with peak_growth("cpu") as peak:
+        pass
+    assert peak.nbytes < 30 << 20, "an earlier peak does not count"
 
 
 def test_decode_excludes_the_prompt(tiny_model):
