@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from hf_quant import card_samples, plots
 from hf_quant.card_claims import claim, limits, methods, scheme_summary, text_rows, vllm_reads
+from hf_quant.card_depth import section as depth_section
 from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, is_local, shown_base
 from hf_quant.card_metadata import (
     INHERITED_KEYS,
@@ -176,6 +177,7 @@ def render(
         "quantize_command": quantize_command(provenance, checkpoint),
         "vllm": kind.answers_text and vllm_reads(facts),
         "limits": limits(facts),
+        "depth": depth_section(results, drawn) if results is not None else "",
         "tasks": task_section(results.tasks, drawn.get("tasks")) if results is not None else "",
     }
     try:

@@ -20,6 +20,7 @@ from hf_quant.plot_frame import (
     new_figure,
     plain_label,
 )
+from hf_quant.plots_depth import draw_depth
 from hf_quant.plots_tasks import draw_tasks
 from hf_quant.quantize.allocate import Allocation
 
@@ -39,6 +40,7 @@ def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plo
     plots = []
     if results is not None and results.texts:
         plots.append(_divergence(results.texts))
+        plots += draw_depth(results)
     if rows and all(row.stored_bytes is not None for row in rows):
         plots.append(_bytes_by_kind(rows))
         if (blocks := _blocks(rows)) is not None:
