@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text as RichText
 
+from hf_quant.evaluation.depth_results import TextDepth
 from hf_quant.evaluation.results import EvaluationResult, Figures, Interval, SpeedResult, ThroughputResult
 from hf_quant.evaluation.task_table import HEADER, task_rows
 
@@ -46,6 +47,9 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def _tables(result: EvaluationResult) -> list[tuple[str, list[str], list[list[str]]]]:
     tables = [("Accuracy", *_texts(result))] if result.texts else []
+    tables += [
+        (f"Where it was lost: {text.name}", *_slices(text.depth)) for text in result.texts if text.depth is not None
+    ]
     tables += _samples(result)
     tables.append(("Size", *_size(result)))
     if result.speed:
@@ -119,6 +123,17 @@ def _texts(result: EvaluationResult) -> tuple[list[str], list[list[str]]]:
             if found is not None:
                 agreement = _interval(found.top1_agreement, 2, 100) + " %"
                 rows.append(["", label, _interval(found.perplexity, 2), "", _interval(found.kl, 4), "", agreement])
+    return header, rows
+
+
+def _slices(depth: TextDepth) -> tuple[list[str], list[list[str]]]:
+    header = ["positions", "share", "KL (nats/token)", "noise floor", "top-1 agreement"]
+    rows = []
+    for what, slices in (("float top-1", depth.by_confidence), ("token", depth.by_position)):
+        for part in slices:
+            floor = f"{part.noise_floor_kl.value:.2g}" if part.noise_floor_kl is not None else ""
+            agreement = _interval(part.top1_agreement, 2, 100) + " %"
+            rows.append([f"{what} {part.name}", f"{100 * part.share:.1f} %", _interval(part.kl, 4), floor, agreement])
     return header, rows
 
 
