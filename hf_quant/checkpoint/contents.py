@@ -47,6 +47,12 @@ SIDE_FILES: tuple[str, ...] = (
     "image_processor_config.json",
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
+    # sentence-transformers: its modules in order, and a folder for each that has settings or (Dense) weights
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*/config.json",
+    "[0-9]_Dense/model.safetensors",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",

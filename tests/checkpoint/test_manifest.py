@@ -189,10 +189,13 @@ SIDE_FILES = (
     ),
     *("qwen.tiktoken", "generation_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "LICENSE", "NOTICE"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
 )
 NEVER = (
     *("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin", "config.json", "README.md"),
     *("hf_quant.json", "evaluation.json", ".env", "token", "id_rsa", "train.sh", "sub/tokenizer.json", "optimizer.pt"),
+    *("1_Pooling/pytorch_model.bin", "1_Pooling/x.py", "sub/model.safetensors"),
 )
 
 
