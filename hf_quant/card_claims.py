@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hf_quant import card_samples
 from hf_quant.card_facts import LABEL, Facts
 from hf_quant.card_text import amount, listing, markdown, significant, value_only, with_interval
-from hf_quant.evaluation.results import EvaluationResult, Figures, TextResult
+from hf_quant.evaluation.results import EvaluationResult, Figures, Protocol, TextResult
 
 _MOST_TEXTS = 3
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -176,6 +176,7 @@ def limits(facts: Facts) -> list[str]:
             "Other languages, domains, tasks and longer contexts were not measured."
         )
         found += [sentence for text in results.texts if (sentence := _significance(text))]
+        found += [sentence for text in results.texts if (sentence := _estimated(text, results.protocol))]
     if results is not None:
         found += card_samples.limits(results)
     if results is not None and (results.speed or results.throughput):
@@ -190,6 +191,18 @@ def limits(facts: Facts) -> list[str]:
         )
     found.append("It inherits the limits, biases and terms of use of its base model; quantization mends none of them.")
     return found
+
+
+def _estimated(text: TextResult, protocol: Protocol) -> str:
+    """A sentence for a divergence that was not computed from all logits; else empty."""
+    if text.kl_error is None:
+        return ""
+    return (
+        f"On {markdown(text.name)} the KL divergence is estimated: per position from the float model's "
+        f"{protocol.kept_tokens} likeliest tokens and {protocol.drawn_tokens} tokens drawn from the others. That moves "
+        f"its mean by less than {significant(text.kl_error)} (95 %) and makes its percentiles noisier. All other "
+        "figures are exact."
+    )
 
 
 def _significance(text: TextResult) -> str:

@@ -77,6 +77,14 @@ def evaluate(
             help="Measure where it is lost too: by confidence, by position, layer by layer, in generated answers.",
         ),
     ] = True,
+    reference_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CACHE",
+            help="Keep what the float model says here (1 KB per token) for the next candidates: KL becomes an estimate "
+            "whose error is stated; with --no-speed --no-depth the float model is not loaded again.",
+        ),
+    ] = None,
     tasks: t.Tasks = None,
     only_tasks: t.OnlyTasks = False,
     num_fewshot: t.NumFewshot = None,
@@ -113,6 +121,8 @@ def evaluate(
 
     hf-quant evaluate ./out --tasks builtin --only-tasks
 
+    hf-quant evaluate ./out --no-speed --no-depth --reference-cache ./llama-cache
+
     hf-quant evaluate ./vit-int8 -r ./vit --media images:./photos
     """
     quiet_libraries()
@@ -148,6 +158,7 @@ def evaluate(
             noise_floor=noise_floor,
             int8_activations=int8_activations,
             depth=depth,
+            reference_cache=reference_cache,
             **shared,
         )
     if chosen is not None:

@@ -6,19 +6,17 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_quant.errors import EvaluationError
-from hf_quant.evaluation.divergence import Divergence, Reference, compare, run_reference
+from hf_quant.evaluation.judge import Judge
 from hf_quant.evaluation.progress import Stages
 from hf_quant.evaluation.sources import Origin
 from hf_quant.evaluation.speed import kernels
-from hf_quant.evaluation.stream import LogitStream
-from hf_quant.evaluation.text import Windows
 from hf_quant.kernels import registry
 from hf_quant.nn.packed import PackedWeight
 
@@ -49,40 +47,6 @@ class Job:
         return self.narrow if self.dtype == torch.float32 else torch.float32
 
 
-class Judge(Protocol):
-    """Something to measure models on: it meets the float model once, and then whatever is compared with it."""
-
-    def meet(self, reference: Any, stages: Stages) -> None:
-        """Get to know the float model."""
-
-    def against(self, model: Any, label: str, title: str, stages: Stages) -> list[Any]:
-        """Compare a model with the float one: one finding per text or set of samples."""
-
-
-@dataclass
-class WindowJudge:
-    """Windows of text, for models that continue it; finds one :class:`Divergence` per text."""
-
-    cuts: Sequence[Windows]
-    references: list[Reference] = field(default_factory=list)
-
-    def meet(self, reference: Any, stages: Stages) -> None:
-        """Run the float model's backbone."""
-        stream = LogitStream(reference, "the reference")
-        for cut in self.cuts:
-            with stages.stage(f"float model on {cut.text.name}", len(cut.ids)) as advance:
-                self.references.append(run_reference(stream, cut.ids, advance))
-
-    def against(self, model: Any, label: str, title: str, stages: Stages) -> list[Divergence]:
-        """A model against the reference on every text."""
-        stream = LogitStream(model, label)
-        found = []
-        for cut, reference in zip(self.cuts, self.references, strict=True):
-            with stages.stage(f"{title} on {cut.text.name}", len(cut.ids)) as advance:
-                found.append(compare(reference, stream, advance))
-        return found
-
-
 @dataclass(frozen=True)
 class Findings:
     """What all judges found, one after the other: lists of equal length, None where something was not measured.
@@ -102,8 +66,11 @@ class Findings:
 
 def accuracy(job: Job, judges: Sequence[Judge], noise_floor: bool, int8_activations: bool) -> Findings:
     """The candidate, it with int8 activations, and the noise floor, before every judge."""
-    with job.stages.stage("load float model"):
-        reference = job.reference.model or job.reference.load(job.dtype, job.device)
+    known = all(judge.remembers(noise_floor) for judge in judges)
+    reference = None
+    if not known:
+        with job.stages.stage("load float model"):
+            reference = job.reference.model or job.reference.load(job.dtype, job.device)
     for judge in judges:
         judge.meet(reference, job.stages)
     with job.stages.stage("load quantized model"):
@@ -113,7 +80,9 @@ def accuracy(job: Job, judges: Sequence[Judge], noise_floor: bool, int8_activati
                 f"{job.forces} was asked for, but {job.candidate.label} has no layer of hf-quant.",
                 "drop that, or evaluate a checkpoint made by hf-quant.",
             )
-    measured = _against(job, judges, model, "the candidate", "quantized model")
+    measured = [
+        found for judge in judges for found in judge.against(model, "the candidate", "quantized model", job.stages)
+    ]
     ran = kernels(model)
     rounded: list[Any] = [None] * len(measured)
     floors = list(rounded)
@@ -121,19 +90,26 @@ def accuracy(job: Job, judges: Sequence[Judge], noise_floor: bool, int8_activati
     if int8_activations and job.activations == registry.FLOAT and job.candidate.model is None:
         with environment_of(registry.ACTIVATIONS_VARIABLE, registry.INT8):
             if _takes_int8(model, job.dtype):
-                rounded = _against(job, judges, model, "the candidate", "with int8 activations")
+                rounded = [
+                    found
+                    for judge in judges
+                    for found in (
+                        judge.against(model, "the candidate", "with int8 activations", job.stages)
+                        if judge.rounds
+                        else [None]
+                    )
+                ]
     del model
     gc.collect()  # transformers' models hold reference cycles; the next one would come on top
     if noise_floor:
         title = f"noise floor ({name_of(job.floor_dtype)})"
-        with job.stages.stage(f"load {title}"):
-            model = replace(job.reference, model=None).load(job.floor_dtype, job.device)
-        floors = _against(job, judges, model, f"the reference in {name_of(job.floor_dtype)}", title)
+        model = None
+        if not known:
+            with job.stages.stage(f"load {title}"):
+                model = replace(job.reference, model=None).load(job.floor_dtype, job.device)
+        label = f"the reference in {name_of(job.floor_dtype)}"
+        floors = [found for judge in judges for found in judge.floor(model, label, title, job.stages)]
     return Findings(measured, rounded, floors, ran)
-
-
-def _against(job: Job, judges: Sequence[Judge], model: Any, label: str, title: str) -> list[Any]:
-    return [found for judge in judges for found in judge.against(model, label, title, job.stages)]
 
 
 def _takes_int8(model: Any, dtype: torch.dtype) -> bool:

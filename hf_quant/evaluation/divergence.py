@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from hf_quant.evaluation.results import Interval
 from hf_quant.evaluation.stream import Hidden, LogitStream, chunks
 
 Array = NDArray[np.float64]
+NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Divergence:
         nll_model: the model's.
         agree: bool ``[windows, length - 1]``, both models' most likely token is the same.
         confidence: the probability of the reference's most likely token.
+        kl_variance: of the estimate of ``kl``; None where it was computed from all logits.
     """
 
     kl: Array
@@ -49,11 +52,19 @@ class Divergence:
     nll_model: Array
     agree: NDArray[np.bool_]
     confidence: Array
+    kl_variance: Array | None = None
 
     @property
     def kl_p99(self) -> float:
         """99th percentile of the divergence over all scored positions."""
         return float(np.quantile(self.kl, 0.99))
+
+    @property
+    def kl_error(self) -> float | None:
+        """Half of the 95 % interval of what the estimate adds to the mean divergence; None without an estimate."""
+        if self.kl_variance is None:
+            return None
+        return float(NORMAL_95 * np.sqrt(self.kl_variance.sum()) / self.kl_variance.size)
 
     def summary(self, bootstrap: Bootstrap) -> Summary:
         """Means over windows with their 95 % intervals."""
@@ -96,12 +107,7 @@ def compare(reference: Reference, stream: LogitStream, advance: Callable[[], Non
     vocabulary and the window. ``advance`` is called after each window. Raises EvaluationError when the vocabularies
     differ or a logit is not a number.
     """
-    if stream.vocabulary != reference.stream.vocabulary:
-        raise EvaluationError(
-            f"{stream.name} has {stream.vocabulary} logits per token, {reference.stream.name} has "
-            f"{reference.stream.vocabulary}.",
-            "compare a model with the float model that it was made from.",
-        )
+    check_vocabulary(stream.name, stream.vocabulary, reference.stream.name, reference.stream.vocabulary)
     windows, length = reference.ids.shape
     scored = length - 1
     shape = (windows, scored)
@@ -121,14 +127,28 @@ def compare(reference: Reference, stream: LogitStream, advance: Callable[[], Non
             result.agree[window, start:stop] = agree.cpu().numpy()
             result.confidence[window, start:stop] = confidence.cpu().numpy()
         for name, values in ((reference.stream.name, result.nll_reference), (stream.name, result.nll_model)):
-            if not np.isfinite(values[window]).all():
-                raise EvaluationError(
-                    f"{name} gives a loss that is not finite in window {window}.",
-                    "its weights, or this dtype's range, are broken; try --dtype float32.",
-                )
+            check_finite(name, values[window], window)
         if advance is not None:
             advance()
     return result
+
+
+def check_vocabulary(name: str, size: int, reference: str, reference_size: int) -> None:
+    """Raises EvaluationError where two models do not have the same number of logits per token."""
+    if size != reference_size:
+        raise EvaluationError(
+            f"{name} has {size} logits per token, {reference} has {reference_size}.",
+            "compare a model with the float model that it was made from.",
+        )
+
+
+def check_finite(name: str, losses: NDArray[Any], window: int) -> None:
+    """Raises EvaluationError where a loss of a window is not a number."""
+    if not np.isfinite(losses).all():
+        raise EvaluationError(
+            f"{name} gives a loss that is not finite in window {window}.",
+            "its weights, or this dtype's range, are broken; try --dtype float32.",
+        )
 
 
 def _scores(

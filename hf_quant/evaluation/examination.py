@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_quant.errors import EvaluationError
 from hf_quant.evaluation.bootstrap import Array, Bootstrap
+from hf_quant.evaluation.judge import Judge
 from hf_quant.evaluation.progress import Stages
 from hf_quant.evaluation.results import Figure, Interval, SampleResult
 from hf_quant.evaluation.samples import Samples
@@ -98,7 +99,7 @@ class Measured:
 
 
 @dataclass
-class Examiner:
+class Examiner(Judge):
     """A set of samples, and how to compare models on it (a judge, see :mod:`hf_quant.evaluation.accuracy`)."""
 
     samples: Samples

@@ -13,15 +13,17 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
 from hf_quant.calibration.needs import Needs, find_needs
 from hf_quant.errors import EvaluationError, HfQuantError
-from hf_quant.evaluation.accuracy import Judge, WindowJudge
 from hf_quant.evaluation.answers import Answers
 from hf_quant.evaluation.classifiers import Classes, Pairs, caption_inputs
 from hf_quant.evaluation.encoders import Masked, Pooling, States
 from hf_quant.evaluation.examination import Examination, Examiner
+from hf_quant.evaluation.judge import Judge
 from hf_quant.evaluation.kinds import Kind, Measure
+from hf_quant.evaluation.reference_cache import ReferenceCache
 from hf_quant.evaluation.samples import Samples, media, passages
 from hf_quant.evaluation.sources import Origin, load_beside, load_tokenizer
 from hf_quant.evaluation.text import BUILT_IN, Text, Windows, cut_windows, load_text
+from hf_quant.evaluation.windows import CachedWindowJudge, WindowJudge
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +64,11 @@ class Panel:
     examiners: list[Examiner] = field(default_factory=list)
     tokenizer: Any = None
 
-    @property
-    def judges(self) -> list[Judge]:
-        """All of them; those of windows come first, with one finding per text."""
-        return [*([WindowJudge(self.cuts)] if self.cuts else []), *self.examiners]
+    def judges(self, cache: ReferenceCache | None) -> list[Judge]:
+        """All of them; those of windows come first, with one finding per text. ``cache`` is of the float model."""
+        if not self.cuts:
+            return [*self.examiners]
+        return [WindowJudge(self.cuts) if cache is None else CachedWindowJudge(self.cuts, cache), *self.examiners]
 
 
 def make_panel(request: Request, reference: Origin, candidate: Origin) -> Panel:

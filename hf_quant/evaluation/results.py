@@ -16,7 +16,12 @@ from hf_quant.evaluation.task_results import TaskRun
 
 
 class Protocol(_Strict):
-    """How the accuracy figures were taken (nats; windows do not overlap; the first token of a window is not scored)."""
+    """How the accuracy figures were taken (nats; windows do not overlap; the first token of a window is not scored).
+
+    Attributes:
+        kept_tokens, drawn_tokens: per position, where the divergence is an estimate from what was kept of the float
+            model (:mod:`hf_quant.evaluation.compressed`); None where it was computed from all logits.
+    """
 
     windows: int
     length: int
@@ -24,6 +29,8 @@ class Protocol(_Strict):
     device: str
     seed: int
     bootstrap_samples: int
+    kept_tokens: int | None = None
+    drawn_tokens: int | None = None
 
 
 class Figures(_Strict):
@@ -55,6 +62,8 @@ class TextResult(_Strict):
         bos: every window starts with the tokenizer's beginning-of-sequence token.
         kl: mean of KL(float || quantized) per token, in nats; ``kl_p99`` is the 99th percentile over tokens.
         top1_agreement: share (0 to 1) of positions where both models' most likely token is the same.
+        kl_error: half of the 95 % interval of what estimating ``kl`` from a reference cache adds; None where all logits
+            were compared. (It is part of the interval of ``kl``, too, which is one over windows.)
         int8_activations: what ``activations="int8"`` makes of it; None where it was not measured or changes nothing.
         perplexity_increase_percent: paired: both models saw the same windows in every resample.
         depth: where in the text it was lost; None where that was not measured.
@@ -70,6 +79,7 @@ class TextResult(_Strict):
     perplexity_increase_percent: Interval
     kl: Interval
     kl_p99: float
+    kl_error: float | None = None
     top1_agreement: Interval
     noise_floor: NoiseFloor | None
     int8_activations: RoundedActivations | None = None

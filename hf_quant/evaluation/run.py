@@ -17,12 +17,14 @@ from hf_quant.errors import EvaluationError
 from hf_quant.evaluation import environment
 from hf_quant.evaluation.accuracy import AUTO_KERNEL, Job, accuracy, environment_of, forces, name_of
 from hf_quant.evaluation.bootstrap import Bootstrap
+from hf_quant.evaluation.compressed import DRAWN, KEPT
 from hf_quant.evaluation.depth import DepthJudge
 from hf_quant.evaluation.depth_slices import text_depth
 from hf_quant.evaluation.divergence import Divergence
 from hf_quant.evaluation.judges import Panel, Request, make_panel
 from hf_quant.evaluation.machine import peak_growth
 from hf_quant.evaluation.progress import Stages
+from hf_quant.evaluation.reference_cache import ReferenceCache
 from hf_quant.evaluation.results import (
     RESULTS_FILE,
     EvaluationResult,
@@ -61,6 +63,7 @@ def evaluate(
     noise_floor: bool = True,
     int8_activations: bool = True,
     depth: bool = True,
+    reference_cache: Path | str | None = None,
     kernel: str = AUTO_KERNEL,
     activations: str = registry.FLOAT,
     repeats: int = 3,
@@ -100,6 +103,10 @@ def evaluate(
         int8_activations: measure what ``activations="int8"`` adds too, where the candidate's kernels can do it.
         depth: of models that continue text, measure where it is lost too: by the float model's confidence, by position,
             layer by layer, in generated answers.
+        reference_cache: a directory that keeps what many candidates are compared with (about 1 KB per token): of the
+            float model the likeliest tokens and a sample of the others, for models that continue text. The divergence
+            is then an estimate, whose error is recorded; all other figures stay what they are. With ``speed=False`` and
+            ``depth=False`` the float model is not loaded once the cache holds it.
         kernel: force one of our kernels for the candidate (``auto``: the best for each layer).
         activations: ``int8`` allows our kernels to round the candidate's activations to 8 bits.
         repeats: timed runs for the speed.
@@ -158,9 +165,10 @@ def evaluate(
         )
         # last, because its finding is one of the model, not of a text
         inside = DepthJudge(panel.cuts[0], panel.tokenizer) if depth and panel.cuts else None
-        judges = [*panel.judges, *([inside] if inside is not None else [])]
+        cache = _cache(job, panel, reference_cache, seed) if reference_cache is not None else None
+        judges = [*panel.judges(cache), *([inside] if inside is not None else [])]
         found = accuracy(job, judges, noise_floor, int8_activations)
-        sizes, speeds, throughputs = _footprint(job, panel, bits, repeats if speed else 0)
+        sizes, speeds, throughputs = _footprint(job, panel, bits, repeats if speed else 0, cache is None)
     findings = list(zip(found.measured, found.rounded, found.floors, strict=True))
     texts_found = findings[: len(panel.cuts)]
     samples_found = findings[len(panel.cuts) : len(panel.cuts) + len(panel.examiners)]
@@ -181,6 +189,8 @@ def evaluate(
             device=job.device,
             seed=seed,
             bootstrap_samples=bootstrap_samples,
+            kept_tokens=None if cache is None else KEPT,
+            drawn_tokens=None if cache is None else DRAWN,
         ),
         texts=tuple(
             _text_result(cut, *finding, job.floor_dtype, bootstrap, depth)
@@ -224,15 +234,33 @@ def write_results(directory: Path | str, result: EvaluationResult) -> Path:
     return path
 
 
+def _cache(job: Job, panel: Panel, directory: Path | str, seed: int) -> ReferenceCache:
+    if not panel.cuts:
+        raise EvaluationError(
+            f"a reference cache is of no use to {job.reference.label}, which continues no text.", "leave it out."
+        )
+    with job.stages.stage("digest of the float model"):
+        return ReferenceCache.open(
+            directory, job.reference.directory, name_of(job.dtype), name_of(job.floor_dtype), seed
+        )
+
+
 def _footprint(
-    job: Job, panel: Panel, bits: float, repeats: int
+    job: Job, panel: Panel, bits: float, repeats: int, load_float: bool
 ) -> tuple[SizeResult, tuple[SpeedResult, ...], tuple[ThroughputResult, ...]]:
-    """Bytes and speed of both models in 16 bits, loaded afresh; with ``repeats=0`` no speed."""
+    """Bytes and speed of both models in 16 bits, loaded afresh; with ``repeats=0`` no speed.
+
+    Without speed and with ``load_float=False`` the float model's bytes are counted on its skeleton.
+    """
     gc.collect()
     subjects = []
     memory = []
     dtypes = []
     for role, origin in (("float", job.reference), ("quantized", job.candidate)):
+        if role == "float" and not repeats and not load_float:
+            memory.append(origin.memory_bytes(job.narrow))
+            dtypes.append(name_of(job.narrow))
+            continue
         with job.stages.stage(f"load {role} model in {name_of(job.narrow)}"), peak_growth(job.device) as peak:
             model, seconds = timed_load(origin, job.narrow, job.device)
             if repeats and panel.cuts:
@@ -303,6 +331,7 @@ def _text_result(
         perplexity_increase_percent=summary.perplexity_increase_percent,
         kl=summary.kl,
         kl_p99=measured.kl_p99,
+        kl_error=measured.kl_error,
         top1_agreement=summary.top1_agreement,
         noise_floor=noise,
         int8_activations=rounded,

@@ -81,6 +81,15 @@ class Origin:
                 )
         return model.eval()
 
+    def memory_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of its parameters and buffers in a dtype, without reading its weights."""
+        auto = getattr(transformers, self.kind.auto_class)
+        config = AutoConfig.from_pretrained(str(self.directory), trust_remote_code=self.trust_remote_code)
+        with torch.device("meta"):
+            skeleton = auto.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        # parameters() and buffers() name a shared tensor once
+        return sum(tensor.nbytes for tensor in (*skeleton.parameters(), *skeleton.buffers()))
+
 
 @contextmanager
 def opened(

@@ -109,7 +109,7 @@ def _texts(result: EvaluationResult) -> tuple[list[str], list[list[str]]]:
                 "quantized",
                 _interval(text.perplexity_quantized, 2),
                 f"{_interval(text.perplexity_increase_percent, 2)} %",
-                _interval(text.kl, 4),
+                _interval(text.kl, 4) + ("" if text.kl_error is None else f", estimated ± {text.kl_error:.1g}"),
                 f"{text.kl_p99:.3g}",
                 _interval(text.top1_agreement, 2, 100) + " %",
             ]

@@ -177,7 +177,7 @@ def _walk(where: str, old: Any, new: Any) -> Iterator[Finding]:
             yield _off(where, f"is {value:.6g} here, outside of {stated}")
     elif isinstance(old, Mapping):
         for key, value in old.items():
-            if key not in ("source", "notes", "title"):
+            if key not in ("source", "notes", "title", "kl_error"):
                 yield from _walk(f"{where}.{key}", value, new.get(key) if isinstance(new, Mapping) else None)
     elif isinstance(old, (list, tuple)):
         others = list(new) if isinstance(new, (list, tuple)) else []
