@@ -66,7 +66,8 @@ def _layers(layers: LayerDepth) -> list[str]:
     lines = [
         f"Inside the model, on {what}: the error ‖quantized − float‖ / ‖float‖, a mean over tokens. Behind a block "
         "both models are on their own way, so errors add up; a linear layer is given the float model's inputs, so its "
-        f"error is its own. {len(layers.linears)} of {layers.linears_compared} linear layers differ from the float "
+        "error is its own (constant factors per channel, which folding moves from one layer to another, do not count). "
+        f"{len(layers.linears)} of {layers.linears_compared} linear layers differ from the float "
         "model's.",
         "",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +17,7 @@ from hf_quant.evaluation.depth_generation import (
     until_divergence,
 )
 from hf_quant.evaluation.depth_results import DepthResult
+from hf_quant.evaluation.judge import Judge
 from hf_quant.evaluation.progress import Stages
 from hf_quant.evaluation.stream import LogitStream
 from hf_quant.evaluation.text import Windows
@@ -31,13 +32,14 @@ class DepthFinding:
 
 
 @dataclass
-class DepthJudge:
+class DepthJudge(Judge):
     """Meets the float model and keeps it, because both models are needed at once; finds one :class:`DepthFinding`."""
 
     cut: Windows
     tokenizer: Any
     answers: list[Answer] = field(default_factory=list)
     fused_experts: bool = False
+    rounds: ClassVar[bool] = False  # nothing of it is recorded, and answers cost most of an evaluation
     _stream: LogitStream | None = None
 
     @property

@@ -1,4 +1,11 @@
-"""Errors inside the model: of every block on its own stream, of every linear layer on the float model's inputs."""
+"""Errors inside the model: of every block on its own stream, of every linear layer on the float model's inputs.
+
+Folding (AWQ, Lin et al. 2023; ours is on by default) moves factors between layers: the function of the model stays, but
+a layer's input or output channels are each multiplied by a constant. Such a layer, fed the float model's inputs as they
+are, would seem to be wrong by as much as the factors differ from one. So the factors are estimated channel by channel
+(least squares over the window's tokens), and the smaller one of the two errors counts: as it is, and with the factors
+taken back.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +26,7 @@ from hf_quant.evaluation.stream import LogitStream, states_in
 from hf_quant.nn.switching import switch
 from hf_quant.quantize.blocks import find_blocks
 
-# The float model's states behind every block are held, one window at a time: blocks * TOKENS * hidden numbers.
+# What is held, one window at a time: the states behind every block, and in 16 bits what every linear layer got.
 WINDOWS = 4
 TOKENS = 256
 FUSED_NOTE = "fused experts have no linear layers of their own: they are part of their block's error"
@@ -67,43 +74,83 @@ def _window(
     theirs: dict[str, nn.Module],
     found: LayerFinding,
 ) -> None:
-    expected: dict[str, torch.Tensor] = {}
+    theirs_behind: dict[str, torch.Tensor] = {}
+    theirs_into: dict[str, torch.Tensor] = {}
+    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the original too: while it lives, its id is its own
     errors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     dtype: torch.dtype = model.model.dtype  # type: ignore[assignment]
 
-    def keep(name: str) -> Callable[..., None]:
+    def keep_behind(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if (states := states_in(output)) is not None:
-                expected[name] = states.clone()  # the next module may add in place
+                theirs_behind[name] = states.clone()  # the next module may add in place
+
+        return hook
+
+    def keep_into(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # routed experts see other tokens in each model: nothing to estimate from
+            if args and isinstance(args[0], torch.Tensor) and args[0].numel() == ids.numel() * args[0].shape[-1]:
+                _, kept = copies.setdefault(id(args[0]), (args[0], args[0].to(torch.bfloat16, copy=True)))
+                theirs_into[name] = kept
 
         return hook
 
     def against(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-                actual = theirs[name](args[0].to(model.device, dtype))
-                errors[name].append(_compare(output, actual))
+                layer, given = theirs[name], args[0].to(model.device, dtype)
+                errors[name].append(_own_error(layer, given, theirs_into.get(name), output))
 
         return hook
 
     def judge(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             states = states_in(output)
-            if states is not None and name in expected:
-                relative, cosine = _compare(expected.pop(name), states)
+            if states is not None and name in theirs_behind:
+                relative, cosine = _compare(states, theirs_behind.pop(name))
                 found.blocks[name].append((float(relative.mean()), float(cosine.mean())))
 
         return hook
 
-    modules = dict(reference.model.named_modules())
-    with _hooked([(modules[name], keep(name)) for name in blocks] + [(modules[n], against(n)) for n in linears]):
-        reference.hidden(ids)
-    with _hooked([(theirs[name], judge(name)) for name in blocks]):
+    with _hooked([(theirs[name], keep_behind(name)) for name in blocks] + [(theirs[n], keep_into(n)) for n in linears]):
         model.hidden(ids)
+    copies.clear()
+    modules = dict(reference.model.named_modules())
+    with _hooked([(modules[name], judge(name)) for name in blocks] + [(modules[n], against(n)) for n in linears]):
+        reference.hidden(ids)
     for name, parts in errors.items():
         relative, cosine = (torch.cat([part[i] for part in parts]) for i in range(2))
         if len(relative):  # an expert that no token was sent to has none
             found.linears[name].append((float(relative.mean()), float(cosine.mean())))
+
+
+def _own_error(
+    layer: nn.Module, given: torch.Tensor, own: torch.Tensor | None, expected: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relative error and cosine per token of a layer on the float model's inputs.
+
+    Args:
+        layer: of the other model.
+        given: ``[..., in]``, what the float model's layer got.
+        own: ``[..., in]``, what the layer got in its own model; None where that cannot be paired with ``given``.
+        expected: ``[..., out]``, what the float model's layer gave.
+    """
+    plain = _compare(expected, layer(given))
+    if own is None or own.shape != given.shape or not plain[0].any():
+        return plain
+    answered = layer(given * _factors(given, own).to(given))
+    unfolded = answered.float() / _factors(expected, answered).to(answered.device)
+    folded = _compare(expected, unfolded)
+    return folded if folded[0].mean() < plain[0].mean() else plain
+
+
+def _factors(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Per channel the factor that comes nearest to making ``theirs`` of ``ours`` (``[..., channels]``); 1 for none."""
+    a, b = (x.reshape(-1, x.shape[-1]).float() for x in (ours, theirs.to(ours.device)))
+    energy, product = a.square().sum(dim=0), (a * b).sum(dim=0)
+    known = (energy > 0) & (product > 0)
+    return torch.where(known, product / torch.where(known, energy, 1.0), 1.0)
 
 
 def layer_result(
