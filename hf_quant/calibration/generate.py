@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from hf_quant.cache_name import CACHE
 from hf_quant.calibration.decoding import packed_attention, reserved_cache
 from hf_quant.calibration.needs import Needs
 from hf_quant.calibration.turns import Script, read_chat, write_scripts
@@ -81,7 +82,7 @@ def sample_text(
                     progress("sample text", done + rows * position, samples * length)
 
             director = _Director(part, seed + first, vocabulary, banned, step)
-            options = {} if (cache := reserved_cache(sampler.config, length)) is None else {"past_key_values": cache}
+            options = {} if (cache := reserved_cache(sampler.config, length)) is None else {CACHE: cache}
             with packed_attention(sampler):
                 pieces.append(_generate(sampler, director, length, input_ids=start, **options).cpu())
             done += len(part) * length

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_quant.cache_name import CACHE, cache_of
 from hf_quant.evaluation.bootstrap import Bootstrap
 from hf_quant.evaluation.depth_results import GenerationDepth, PromptAgreement
 from hf_quant.evaluation.interval import Interval
@@ -74,8 +75,8 @@ def answers(model: Any, prompts: dict[str, torch.Tensor], advance: Callable[[], 
 def _greedy(model: Any, ids: torch.Tensor, most: int, stops: set[int]) -> torch.Tensor:
     step, cache = ids, None
     for _ in range(most):
-        output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=step, use_cache=True, **{CACHE: cache})
+        cache = cache_of(output)
         token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         ids = torch.cat([ids, token], dim=1)
         if int(token) in stops:

@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.exporters import OnnxConfig, OnnxExporter
 
+from hf_quant.cache_name import CACHE, cache_of
 from hf_quant.errors import FormatError
 from hf_quant.export.onnx_layers import MICROSOFT, OPSET
 
 _STAY = "keep the format that the checkpoint has, or choose another --to."
 _ROWS, _PAST, _NEWS = 2, 3, 5  # sizes of the inputs that are traced: all different, none 1
-_CACHE = re.compile(r"(?:input\.|output\.)?past_key_values\.layers\.(\d+)\.(key|value)s")
+_LEAF = re.compile(rf"(?:input\.|output\.)?{CACHE}\.layers\.(\d+)\.(key|value)s")
 _BATCH, _SEQUENCE, _EARLIER = "batch_size", "sequence_length", "past_sequence_length"
 _NOISY = ("torch.onnx", "transformers", "onnxscript", "onnx_ir")
 
@@ -123,7 +124,7 @@ def _images(model: PreTrainedModel) -> Inputs:
 def _decoder(model: PreTrainedModel, arguments: Any) -> Inputs:
     with torch.no_grad():
         output = model(_ids(model.config, _PAST), use_cache=True)
-    cache = getattr(output, "past_key_values", None)  # models of states (Mamba) call it otherwise
+    cache = cache_of(output)
 
     def shape(states: torch.Tensor) -> tuple[int, ...]:
         return (*states.shape[:2], _PAST, states.shape[3])
@@ -141,8 +142,8 @@ def _decoder(model: PreTrainedModel, arguments: Any) -> Inputs:
     if "position_ids" in arguments:
         values["position_ids"] = torch.arange(_PAST, _PAST + _NEWS).expand(_ROWS, _NEWS).contiguous()
         dynamic["position_ids"] = {0: _any(), 1: _any()}
-    values["past_key_values"] = past
-    dynamic["past_key_values"] = [{0: _any(), 2: _any()} for _ in range(2 * len(past.layers))]
+    values[CACHE] = past
+    dynamic[CACHE] = [{0: _any(), 2: _any()} for _ in range(2 * len(past.layers))]
     return Inputs("text-generation-with-past", values, dynamic)
 
 
@@ -150,19 +151,19 @@ def _rename(graph: ir.Graph, inputs: Inputs) -> None:
     """optimum's names for inputs and outputs, and names that say something for axes of any size."""
     axes: dict[str, str] = {}
     for value in graph.inputs:
-        found = _CACHE.fullmatch(value.name or "")
+        found = _LEAF.fullmatch(value.name or "")
         if found is not None:
             value.name = f"past_key_values.{found[1]}.{found[2]}"
             names = {0: _BATCH, 2: _EARLIER}
         else:
             names = {0: _BATCH} if value.name == "pixel_values" else {0: _BATCH, 1: _SEQUENCE}
-            if value.name == "attention_mask" and "past_key_values" in inputs.values:
+            if value.name == "attention_mask" and CACHE in inputs.values:
                 names[1] = f"{_EARLIER} + {_SEQUENCE}"
         assert value.shape is not None
         for axis, name in names.items():
             axes.setdefault(str(value.shape[axis].value), name)
     for value in graph.outputs:
-        found = _CACHE.fullmatch(value.name or "")
+        found = _LEAF.fullmatch(value.name or "")
         if found is not None:
             value.name = f"present.{found[1]}.{found[2]}"
     symbols = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in sorted(axes, key=len, reverse=True)))

@@ -22,6 +22,7 @@ from transformers.exporters.base import ExportedModel
 from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 from transformers.exporters.utils import get_leaf_tensors
 
+from hf_quant.cache_name import CACHE
 from hf_quant.errors import DependencyError, FormatError
 from hf_quant.export import openvino_weights
 from hf_quant.nn.embedding import QuantEmbedding, SharedHead
@@ -80,11 +81,11 @@ def sample(model: PreTrainedModel) -> dict[str, Any]:
     ids = torch.arange(_BATCH * (_PAST + _NEW)).mul(7919).remainder(rows).view(_BATCH, -1)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :_PAST], past_key_values=cache, use_cache=True)
+        model(ids[:, :_PAST], use_cache=True, **{CACHE: cache})
     found = {"input_ids": ids[:, _PAST:], "attention_mask": torch.ones_like(ids)}
     if takes_positions(model):
         found["position_ids"] = torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, -1).contiguous()
-    return {**found, "past_key_values": cache, "use_cache": True}
+    return {**found, CACHE: cache, "use_cache": True}
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
@@ -122,10 +123,10 @@ def _shapes(inputs: dict[str, Any]) -> dict[str, Any]:
     """Which sizes vary: rows and tokens; of a cache's other tensors than keys and values, all that may."""
     varies = torch.export.Dim.AUTO
     tokens = {name: {0: varies, 1: varies} for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    leaves = get_leaf_tensors(inputs["past_key_values"]).values()
+    leaves = get_leaf_tensors(inputs[CACHE]).values()
     # keys and values are [rows, heads, tokens, columns]
     state = [{0: varies, 2: varies} if leaf.dim() == 4 else dict.fromkeys(range(leaf.dim()), varies) for leaf in leaves]
-    return {**tokens, "past_key_values": state}
+    return {**tokens, CACHE: state}
 
 
 @contextmanager

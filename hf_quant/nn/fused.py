@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hf_quant.cache_name import CACHE
 from hf_quant.kernels import native_decoder, native_library
 from hf_quant.nn.decoder import ATTENTIONS, Parts, Refusal, decoders, take_apart
 from hf_quant.nn.forwards import StandIn
@@ -105,11 +106,11 @@ class FusedForward(StandIn):
         input_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast | None:
         """The output of a call that the native code can answer, None for every other; nothing is touched then."""
+        cache = others.pop(CACHE, None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if type(tokens) is not torch.Tensor or tokens.dim() < 2 or (input_ids is None) == (inputs_embeds is None):
             return None
@@ -121,16 +122,16 @@ class FusedForward(StandIn):
             return None
         cached = others.get("use_cache")
         cached = decoder.config.use_cache if cached is None else cached
-        if past_key_values is None and cached:
-            past_key_values = DynamicCache(config=decoder.config)
-        elif past_key_values is not None and not cached:
+        if cache is None and cached:
+            cache = DynamicCache(config=decoder.config)
+        elif cache is not None and not cached:
             return None
         prepared = self._prepared
-        if prepared is None or not self._goes_on(past_key_values):
+        if prepared is None or not self._goes_on(cache):
             prepared = self._current(decoder)
         if prepared is None:
             return None
-        slots = slots_of(past_key_values, prepared, rows, news)
+        slots = slots_of(cache, prepared, rows, news)
         if slots is None:
             return None
         mask = mask_of(attention_mask, rows, news, slots)
@@ -147,9 +148,9 @@ class FusedForward(StandIn):
             return None
         slots.advance(news)
         # the first token after a prompt looks at the whole model once more: callers replace forwards between the two
-        if past_key_values is not None and news == 1:
-            self._last = (weakref.ref(past_key_values), slots.past + 1, noted())
-        return BaseModelOutputWithPast(last_hidden_state=y, past_key_values=past_key_values)
+        if cache is not None and news == 1:
+            self._last = (weakref.ref(cache), slots.past + 1, noted())
+        return BaseModelOutputWithPast(last_hidden_state=y, **{CACHE: cache})
 
     def _goes_on(self, cache: Any) -> bool:
         """Whether this is the token after the last one, and no hook was registered and no layout changed since."""
