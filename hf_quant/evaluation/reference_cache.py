@@ -19,6 +19,7 @@ from hf_quant.evaluation.compressed import DRAWN, KEPT, Compressed
 from hf_quant.evaluation.divergence import Divergence
 
 _FORMAT = "hf-quant reference cache 1"
+_ENTRY = "hf_quant"  # of the file's metadata
 _MEASURED = ("kl", "nll_model", "agree", "kl_variance")  # of the noise floor; the rest of it is the reference's
 
 
@@ -122,22 +123,23 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], vocabulary: int) -> None:
     plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": _FORMAT, "vocabulary": str(vocabulary), "sha256": _digest(plain)}
-    atomic_write(path, save(plain, metadata))
+    said = {"format": _FORMAT, "vocabulary": vocabulary, "sha256": _digest(plain)}
+    # one entry, because safetensors writes several in an order that changes from call to call
+    atomic_write(path, save(plain, {_ENTRY: json.dumps(said, sort_keys=True)}))
 
 
 def _read(path: Path, ids: torch.Tensor) -> tuple[dict[str, torch.Tensor], int]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            said = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise _broken(path, str(error)) from error
-    if metadata.get("format") != _FORMAT or metadata.get("sha256") != _digest(tensors):
+    if not isinstance(said, dict) or said.get("format") != _FORMAT or said.get("sha256") != _digest(tensors):
         raise _broken(path, "its content is not what was written")
     if "ids" not in tensors or not torch.equal(tensors["ids"], ids.cpu()):
         raise _broken(path, "it is of other windows")
-    return tensors, int(metadata["vocabulary"])
+    return tensors, int(said["vocabulary"])
 
 
 def _require(path: Path, tensors: Mapping[str, torch.Tensor], names: tuple[str, ...] | list[str]) -> None:
