@@ -82,7 +82,11 @@ def verify(
         for finding in report.notes:
             out.print(f"note      {finding}", markup=False, soft_wrap=True)
         what = f"{source} at {report.commit}" if report.commit else source
-        verdict = "verified" if report.ok else f"NOT verified: {len(report.problems)} findings"
+        verdict = (
+            "verified"
+            if report.ok
+            else f"NOT verified: {len(report.problems)} finding{'s' * (len(report.problems) > 1)}"
+        )
         out.print(f"{what}: {verdict}", markup=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(_NOT_AS_SAID)

@@ -19,6 +19,7 @@ from hf_quant.verification.findings import Finding, note
 # A figure without an interval (a percentile) may move this much with the order of floating-point sums, which differs
 # between processors and kernels.
 PLAIN_TOLERANCE = 0.05
+_ENDS = 0.5  # how far the ends of an interval may move, as a share of it
 _INTERVAL = {"value", "low", "high"}
 _SECTIONS = ("texts", "samples")
 _EXACT = ("float_disk_bytes", "quantized_disk_bytes")
@@ -38,8 +39,10 @@ def check_metrics(
 ) -> tuple[list[Finding], str]:
     """Evaluate a checkpoint again as its evaluation.json says, and compare.
 
-    A figure with an interval reproduces when the new value lies in the recorded interval; one without, when it is
-    within 5 %; bytes on disk and counts exactly. Speed and memory depend on the machine: they are reported, not judged.
+    A figure with an interval reproduces when each of the two values lies in the other's interval and the ends of both
+    lie within half of an interval of each other (the windows and the resamples are the same, so they hardly move); one
+    without, when it is within 5 %; bytes on disk and counts exactly. Speed and memory depend on the machine: they are
+    reported, not judged.
 
     Args:
         directory: the checkpoint, with results.
@@ -169,12 +172,10 @@ def _measured(part: Mapping[str, Any], key: str) -> bool:
 def _walk(where: str, old: Any, new: Any) -> Iterator[Finding]:
     """What differs between a recorded value and the one measured again."""
     if isinstance(old, Mapping) and old.keys() >= _INTERVAL:
-        value = new["value"] if isinstance(new, Mapping) and new.keys() >= _INTERVAL else None
-        if value is None:
+        if not (isinstance(new, Mapping) and new.keys() >= _INTERVAL):
             yield _off(where, "is not measured here")
-        elif not (old["low"] <= value <= old["high"] or math.isclose(value, old["value"], rel_tol=1e-9)):
-            stated = f"the recorded {old['value']:.6g} [{old['low']:.6g}, {old['high']:.6g}]"
-            yield _off(where, f"is {value:.6g} here, outside of {stated}")
+        elif problem := _interval(old, new):
+            yield _off(where, problem)
     elif isinstance(old, Mapping):
         for key, value in old.items():
             if key not in ("source", "notes", "title", "kl_error"):
@@ -191,6 +192,20 @@ def _walk(where: str, old: Any, new: Any) -> Iterator[Finding]:
             )
     elif old is not None and old != new:
         yield _off(where, f"is {new!r} here, not {old!r}")
+
+
+def _interval(old: Mapping[str, float], new: Mapping[str, float]) -> str:
+    """How a recorded figure with its interval differs from the one measured again; empty when it reproduces."""
+    same = math.isclose(old["value"], new["value"], rel_tol=1e-9)
+    stated, found = (f"{part['value']:.6g} [{part['low']:.6g}, {part['high']:.6g}]" for part in (old, new))
+    if not (same or old["low"] <= new["value"] <= old["high"]):
+        return f"is {new['value']:.6g} here, outside of the recorded {stated}"
+    if not (same or new["low"] <= old["value"] <= new["high"]):
+        return f"is {found} here, which does not hold the recorded {old['value']:.6g}"
+    slack = _ENDS * (new["high"] - new["low"]) + 1e-9 * abs(new["value"])
+    if any(abs(old[end] - new[end]) > slack for end in ("low", "high")):
+        return f"is {found} here, the recorded interval is another one: {stated}"
+    return ""
 
 
 def _count(value: Any) -> int:
