@@ -40,6 +40,7 @@ def check_provenance(directory: Path, recorded: Mapping[str, Any], config: Mappi
 
 
 def read_results(directory: Path, provenance: Mapping[str, Any]) -> EvaluationResult:
+    """The results beside a checkpoint, when they are of it (or of what it was converted from); raises CardError."""
     path = directory / RESULTS_FILE
     if not path.is_file():
         first = f"run `hf-quant evaluate {directory}` first"
@@ -77,6 +78,7 @@ def find_base_card(provenance: Mapping[str, Any], recorded: object) -> BaseCard:
 
 
 def has_chat_template(directory: Path, files: Sequence[str]) -> bool:
+    """Whether the tokenizer among ``files`` has a chat template."""
     if any(name.startswith(("chat_template", "additional_chat_templates/")) for name in files):
         return True
     return "tokenizer_config.json" in files and bool(read_json(directory, "tokenizer_config.json").get("chat_template"))

@@ -19,6 +19,9 @@ def verify(
     metrics: Annotated[
         bool, typer.Option("--metrics", help="Measure again, by the recorded protocol, what evaluation.json states.")
     ] = False,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="For --metrics: run the recorded tasks again too, by name (needs lm-eval).")
+    ] = False,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -58,6 +61,7 @@ def verify(
     report = run(
         source,
         metrics=metrics,
+        tasks=tasks,
         reference=reference,
         revision=revision,
         texts=tuple(text or ()),

@@ -15,6 +15,7 @@ from hf_quant.evaluation import evaluate
 from hf_quant.evaluation.results import EvaluationResult
 from hf_quant.texts import BUILT_IN, Text, load_text
 from hf_quant.verification.findings import Finding, note
+from hf_quant.verification.tasks import check_tasks
 
 # A figure without an interval (a percentile) may move this much with the order of floating-point sums, which differs
 # between processors and kernels.
@@ -33,6 +34,7 @@ def check_metrics(
     *,
     texts: Sequence[str] = (),
     media: str | None = None,
+    tasks: bool = False,
     device: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -49,6 +51,7 @@ def check_metrics(
         reference: the float model that it was measured against.
         texts: texts that are neither built in nor Hub datasets: the files that the recorded names stand for.
         media: likewise, a folder of images or sound.
+        tasks: run the recorded tasks again too.
         device: default: the recorded one.
         trust_remote_code: run Python code that comes with the models.
         progress: bars on stderr.
@@ -86,6 +89,12 @@ def check_metrics(
         progress=progress,
     )
     count, findings = compare(recorded, again)
+    if tasks:
+        options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
+        scores, wrong = check_tasks(directory, recorded, reference, **options)
+        count, findings = count + scores, [*findings, *wrong]
+    else:
+        findings += _not_run(recorded)
     return findings, f"{count} figures measured again against {reference}"
 
 
@@ -113,11 +122,13 @@ def compare(recorded: EvaluationResult, again: EvaluationResult) -> tuple[int, l
     if (old["accuracy_kernels"] or {}) != (new["accuracy_kernels"] or {}):
         told = f"{new['accuracy_kernels']} here, {old['accuracy_kernels']} recorded"
         findings.append(note("metrics", "kernels", f"{told}: figures may differ within their intervals."))
-    for run in old.get("tasks", ()):
-        names = ", ".join(task["name"] for task in run["tasks"])
-        again_by = f": {run['command']}" if run.get("command") else ""
-        findings.append(note("metrics", f"tasks {names}", f"are not measured again here{again_by}."))
     return sum(_count(a) for _, a, _ in pairs) + len(_EXACT) + 1, findings
+
+
+def _not_run(recorded: EvaluationResult) -> list[Finding]:
+    """Tasks are whole benchmarks: they are run again only when that is asked for."""
+    names = [", ".join(task.name for task in run.tasks) for run in recorded.tasks]
+    return [note("metrics", f"tasks {name}", "are not run again: --tasks does that.") for name in names]
 
 
 def _depth(plain: Mapping[str, Any]) -> Mapping[str, Any]:

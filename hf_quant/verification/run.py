@@ -19,7 +19,7 @@ from hf_quant.checkpoint import (
     read_manifest,
     verify_manifest,
 )
-from hf_quant.errors import CheckpointError, HfQuantError, HubError
+from hf_quant.errors import CheckpointError, ConfigError, HfQuantError, HubError
 from hf_quant.provenance import EXPORT
 from hf_quant.verification.card import check_card, check_results
 from hf_quant.verification.files import check_files
@@ -34,6 +34,7 @@ def verify(
     source: str | os.PathLike[str],
     *,
     metrics: bool = False,
+    tasks: bool = False,
     reference: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     texts: Sequence[str] = (),
@@ -52,6 +53,7 @@ def verify(
     Args:
         source: a directory or a Hub id (which is downloaded).
         metrics: measure again what evaluation.json records, by its protocol.
+        tasks: for ``metrics``: run the recorded tasks again too.
         reference: the float model; default: the base model that the checkpoint records.
         revision: of a Hub id: branch, tag or commit.
         texts: for ``metrics``: files of texts that are not built in.
@@ -62,10 +64,13 @@ def verify(
         progress: bars on stderr.
 
     Raises:
+        ConfigError: ``tasks`` without ``metrics``.
         CheckpointError: not a directory, or not made by hf-quant: there is nothing to compare with.
         HubError: the Hub does not give it.
     """
     given = os.fspath(source)
+    if tasks and not metrics:
+        raise ConfigError("tasks are run again only with metrics.", "add --metrics (metrics=True).")
     directory, commit = Path(given), None
     if not directory.is_dir():
         directory = _download(given, revision, token)
@@ -86,7 +91,9 @@ def verify(
             "verify the figures of the checkpoint that they were converted from.",
         )
     float_model = _reference(manifest, reference) if metrics else ""  # first: without it there is nothing to measure
-    checks = _checks(directory, manifest, metrics, float_model, texts, media, device, trust_remote_code, progress)
+    checks = _checks(
+        directory, manifest, metrics, tasks, float_model, texts, media, device, trust_remote_code, progress
+    )
     done: dict[str, str] = {}
     findings: list[Finding] = []
     for check, run in checks.items():
@@ -104,6 +111,7 @@ def _checks(
     directory: Path,
     manifest: Manifest,
     metrics: bool,
+    tasks: bool,
     reference: str,
     texts: Sequence[str],
     media: str | None,
@@ -132,6 +140,7 @@ def _checks(
             reference,
             texts=texts,
             media=media,
+            tasks=tasks,
             device=device,
             trust_remote_code=trust_remote_code,
             progress=progress,
