@@ -93,7 +93,8 @@ def _speed_claim(facts: Facts) -> str:
         return ""
     decode = significant(after.decode_tokens_per_second / before.decode_tokens_per_second, 2)
     prefill = significant(after.prefill_tokens_per_second / before.prefill_tokens_per_second, 2)
-    return f"{decode}× the decode and {prefill}× the prefill speed of {before.dtype}"
+    runtime = ", on hf-quant's kernels," if facts.kernels else ""  # other loaders have speeds of their own
+    return f"{decode}× the decode and {prefill}× the prefill speed of the float model in {before.dtype}{runtime}"
 
 
 @dataclass(frozen=True)
