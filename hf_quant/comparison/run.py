@@ -110,6 +110,7 @@ def compare(
                 **settings,
                 speed=not speed,
                 int8_activations=False,
+                depth=False,  # no table shows it
                 repeats=repeats,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
