@@ -34,7 +34,7 @@ from hf_quant.integrations.transformers import HfQuantQuantizer, prepare, publis
 from hf_quant.nn.splitting import experts_apart
 from hf_quant.nn.swap import put_quantized, quantized_modules, share_tables, shared_heads, untie
 from hf_quant.plan import make_plan
-from hf_quant.provenance import KEY, plan_rows
+from hf_quant.provenance import KEY, exported_as, plan_rows
 from hf_quant.skeleton import model_class, read_settings
 
 logger = logging.getLogger("hf_quant")
@@ -202,6 +202,11 @@ def load(
     """
     source = os.fspath(directory)
     if Path(source).is_dir():
+        if exported := exported_as(Path(source)):
+            raise CheckpointError(
+                f"{source} holds {exported} files, which are for another runtime.",
+                "its card says how they are run; load the checkpoint that they were converted from.",
+            )
         check_directory(source)
     elif Path(source).is_absolute() or source.startswith("."):
         raise CheckpointError(f"{source} is not a directory.", "pass the directory of a checkpoint, or a Hub id.")

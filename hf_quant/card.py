@@ -12,8 +12,9 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from hf_quant import card_samples, plots
-from hf_quant.card_claims import claim, limits, methods, scheme_summary, text_rows, vllm_reads
+from hf_quant.card_claims import claim, grids, limits, methods, scheme_summary, text_rows, vllm_reads
 from hf_quant.card_depth import section as depth_section
+from hf_quant.card_export import export_of
 from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, is_local, shown_base
 from hf_quant.card_metadata import (
     INHERITED_KEYS,
@@ -21,6 +22,7 @@ from hf_quant.card_metadata import (
     TAG,
     BaseCard,
     check_finite,
+    datasets_of,
     eval_results,
     hub_id,
     inherited,
@@ -28,10 +30,20 @@ from hf_quant.card_metadata import (
     validate_card,
 )
 from hf_quant.card_snippets import Snippet, quantize_command, recipe_yaml, with_repo_id
+from hf_quant.card_sources import (
+    PROVENANCE_KEYS,
+    check_provenance,
+    check_whole,
+    context_of,
+    find_base_card,
+    has_chat_template,
+    read_results,
+)
 from hf_quant.card_tasks import section as task_section
 from hf_quant.card_text import (
     amount,
     code,
+    count_of,
     families,
     file_name,
     layer_rows,
@@ -43,9 +55,7 @@ from hf_quant.checkpoint import (
     MANIFEST_FILE,
     README_FILE,
     RESULTS_FILE,
-    Manifest,
     atomic_write,
-    checkpoint_digest,
     read_headers,
     read_json,
     read_manifest,
@@ -55,12 +65,12 @@ from hf_quant.checkpoint.contents import UNRECORDED, list_files, matches
 from hf_quant.errors import CardError
 from hf_quant.evaluation.kinds import kind_of
 from hf_quant.evaluation.results import EvaluationResult
+from hf_quant.provenance import EXPORT
 from hf_quant.version import __version__
 
 PLOTS_DIR = "plots"
 TEMPLATE = "card_template.md"  # in the wheel; model_cards/template.md in the repository
 BUDGET_PLOT = "budget"  # drawn when the budget was kept, from what is known only then
-PROVENANCE_KEYS = ("version", "format", "method", "recipe", "base_model")
 
 __all__ = [
     "BaseCard",
@@ -136,23 +146,27 @@ def render(
     files = [name for name, _ in checkpoint.files]
     passed_on = inherited(base, base_id, files)
     kind = kind_of(checkpoint.architecture)
+    export = export_of(provenance, checkpoint, kind)
     task = passed_on.pop("pipeline_tag", kind.task)
     metadata = ModelCardData(
         **passed_on,
         base_model=base_id,
         base_model_relation="quantized" if base_id else None,
-        library_name=LIBRARY,
+        library_name=None if export else LIBRARY,  # the Hub knows them by their files
         pipeline_tag=task,
+        datasets=datasets_of(provenance),
         tags=list(dict.fromkeys((*_tags(facts), *map(one_line, checkpoint.tags)))),
         quantized_by=checkpoint.quantized_by,
         model_name=one_line(checkpoint.name),
-        eval_results=eval_results(results, task or "text-generation") if results is not None else None,
+        # figures of a checkpoint in another runtime are no figures of these files
+        eval_results=eval_results(results, task or "text-generation") if results is not None and not export else None,
     )
     drawn = {Path(path).stem: (path, caption) for path, caption in checkpoint.plots}
     known: dict[str, Any] = {
         "metadata": metadata.to_yaml(),
         "name": checkpoint.name,
-        "claim": claim(facts),
+        "claim": export.claim(facts, grids(facts)) if export else claim(facts),
+        "export": export,
         "scheme": scheme_summary(facts),
         "facts": facts,
         "results": results,
@@ -175,8 +189,8 @@ def render(
         "methods": methods(facts),
         "recipe": recipe_yaml(provenance["recipe"]),
         "quantize_command": quantize_command(provenance, checkpoint),
-        "vllm": kind.answers_text and vllm_reads(facts),
-        "limits": limits(facts),
+        "vllm": kind.answers_text and not export and vllm_reads(facts),
+        "limits": [*(export.limits() if export else ()), *limits(facts)],
         "depth": depth_section(results, drawn) if results is not None else "",
         "tasks": task_section(results.tasks, drawn.get("tasks")) if results is not None else "",
     }
@@ -221,7 +235,7 @@ def write_card(
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    _check_whole(directory, manifest)
+    check_whole(directory, manifest)
     known: dict[str, Any] = {}
     recorded = manifest.provenance.get("base_model")
     if base_model is not None:
@@ -233,7 +247,9 @@ def write_card(
     elif recorded and Path(str(recorded)).expanduser().is_dir():
         known["base_model_is_local"] = True
     if base_card is None:
-        base_card = _find_base_card({**manifest.provenance, **known}, recorded)
+        base_card = find_base_card({**manifest.provenance, **known}, recorded)
+    if repo_id is not None and hub_id(repo_id) is None:
+        raise CardError(f"repo_id={repo_id!r} is not a Hub id.", "give it as org/name.")
     name = repo_id.rpartition("/")[2] if repo_id else directory.resolve().name
     inputs = CardInputs(
         name=name,
@@ -268,17 +284,20 @@ def compose(directory: Path | str, inputs: CardInputs) -> tuple[str, list[plots.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    config = read_json(directory, "config.json")
-    _check_provenance(directory, manifest.provenance, config)
-    results = _read_results(directory) if inputs.measured else None
+    about = manifest.provenance.get(EXPORT)
+    config = {} if about else read_json(directory, "config.json")
+    if not about:
+        check_provenance(directory, manifest.provenance, config)
+    results = read_results(directory, manifest.provenance) if inputs.measured else None
     facts = CheckpointFacts(
         name=inputs.name,
         repo_id=inputs.repo_id,
-        architecture=str((config.get("architectures") or [""])[0]),
-        model_type=str(config.get("model_type", "")),
+        architecture=str(about["architecture"] if about else (config.get("architectures") or [""])[0]),
+        model_type=str((about or config).get("model_type", "")),
+        context=context_of(about or config),
         files=tuple((file, entry.bytes) for file, entry in sorted(manifest.files.items())),
-        tensors={tensor: info.nbytes for tensor, info in read_headers(directory).items()},
-        chat=_has_chat_template(directory, list(manifest.files)),
+        tensors=None if about else {tensor: info.nbytes for tensor, info in read_headers(directory).items()},
+        chat=has_chat_template(directory, list(manifest.files)),
         custom_code=bool(config.get("auto_map")),
         quantized_by=inputs.quantized_by,
         tags=tuple(inputs.tags),
@@ -311,7 +330,7 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     environment.filters.update(
-        md=markdown, code=code, amount=amount, figure=significant, local=file_name, plain=one_line
+        md=markdown, code=code, amount=amount, count_of=count_of, figure=significant, local=file_name, plain=one_line
     )
     return environment
 
@@ -320,69 +339,6 @@ def _tags(facts: Facts) -> list[str]:
     grids = dict.fromkeys(row.label.split()[0] for row in facts.quantized)
     bits = dict.fromkeys("8-bit" if grid == "int8" else "4-bit" for grid in grids)
     return [TAG, "quantized", str(facts.provenance["format"]), *grids, *bits]
-
-
-def _check_whole(directory: Path, manifest: Manifest) -> None:
-    """Compare names and sizes with the manifest (`hf-quant push` compares the digests too)."""
-    for name, entry in manifest.files.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            raise CardError(
-                f"{path} is not the file that {MANIFEST_FILE} records.", "restore it, or quantize and evaluate again."
-            )
-
-
-def _check_provenance(directory: Path, recorded: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """config.json and the manifest were written together; if they differ, one of them is from another checkpoint."""
-    in_config = config.get("hf_quant")
-    if in_config is None:
-        raise CardError(f"{directory / 'config.json'} has no hf_quant key.", "quantize again, or restore the file.")
-    differing = [key for key in PROVENANCE_KEYS if in_config.get(key) != recorded.get(key)]
-    if differing:
-        raise CardError(
-            f"config.json and {MANIFEST_FILE} of {directory} disagree about {differing[0]}.",
-            "one of them is from another checkpoint: quantize again.",
-        )
-
-
-def _read_results(directory: Path) -> EvaluationResult:
-    path = directory / RESULTS_FILE
-    if not path.is_file():
-        raise CardError(
-            f"{directory} has no {RESULTS_FILE}, and a card states only what was measured.",
-            f"run `hf-quant evaluate {directory}` first (or allow an unmeasured card explicitly).",
-        )
-    results = EvaluationResult.read(path)
-    digest = checkpoint_digest(directory)
-    if results.candidate_digest != digest:
-        whose = (
-            "do not say which checkpoint they belong to"
-            if results.candidate_digest is None
-            else (f"were measured on another checkpoint ({results.candidate_digest[:12]}…, this one is {digest[:12]}…)")
-        )
-        raise CardError(f"the results in {path} {whose}.", f"run `hf-quant evaluate {directory}` again.")
-    return results
-
-
-def _find_base_card(provenance: Mapping[str, Any], recorded: object) -> BaseCard:
-    """As recorded when the checkpoint was made; else from the directory it was made from; else from the Hub."""
-    noted = provenance.get("base_card")
-    if isinstance(noted, Mapping):
-        return BaseCard(noted)
-    if isinstance(recorded, str) and Path(recorded).expanduser().is_dir():
-        local = read_base_card(recorded)
-        if local.metadata or is_local(provenance):
-            return local
-    if is_local(provenance):
-        return BaseCard(problem="its directory is not on this machine")
-    named, revision = provenance["base_model"], provenance.get("base_revision")
-    return read_base_card(named, revision if named == recorded and isinstance(revision, str) else None)
-
-
-def _has_chat_template(directory: Path, files: Sequence[str]) -> bool:
-    if any(name.startswith(("chat_template", "additional_chat_templates/")) for name in files):
-        return True
-    return "tokenizer_config.json" in files and bool(read_json(directory, "tokenizer_config.json").get("chat_template"))
 
 
 def _write_plots(folder: Path, drawn: Sequence[plots.Plot]) -> None:

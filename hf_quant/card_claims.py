@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 
 from hf_quant import card_samples
-from hf_quant.card_facts import LABEL, Facts
-from hf_quant.card_text import amount, listing, markdown, significant, value_only, with_interval
+from hf_quant.card_facts import LABEL, Facts, other_reference
+from hf_quant.card_text import amount, code, listing, markdown, significant, value_only, with_interval
 from hf_quant.evaluation.results import EvaluationResult, Figures, Protocol, TextResult
+from hf_quant.provenance import EXPORT
 
 _MOST_TEXTS = 3
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -49,12 +50,16 @@ def scheme_summary(facts: Facts) -> str:
     return "; ".join(f"{in_words(label)} ({100 * count / total:.0f} %)" for label, count in counts.items())
 
 
+def grids(facts: Facts) -> str:
+    """The grids of its weights, most first: ``int4 and int8``."""
+    return " and ".join(dict.fromkeys(in_words(label).split(",")[0] for label in facts.weights_by_label))
+
+
 def claim(facts: Facts) -> str:
     """One line of Markdown: what it is, how much smaller, what it costs, how fast; only what was measured."""
-    grids = " and ".join(dict.fromkeys(in_words(label).split(",")[0] for label in facts.weights_by_label))
     results = facts.results
     bits = facts.bits_per_weight if results is None else results.size.bits_per_weight
-    head = f"{grids} weights, {significant(bits)} bits each with their scales"
+    head = f"{grids(facts)} weights, {significant(bits)} bits each with their scales"
     if results is None:
         return f"{head}; accuracy, memory and speed were not measured"
     size = results.size
@@ -88,7 +93,8 @@ def _speed_claim(facts: Facts) -> str:
         return ""
     decode = significant(after.decode_tokens_per_second / before.decode_tokens_per_second, 2)
     prefill = significant(after.prefill_tokens_per_second / before.prefill_tokens_per_second, 2)
-    return f"{decode}× the decode and {prefill}× the prefill speed of {before.dtype}"
+    runtime = ", on hf-quant's kernels," if facts.kernels else ""  # other loaders have speeds of their own
+    return f"{decode}× the decode and {prefill}× the prefill speed of the float model in {before.dtype}{runtime}"
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,14 @@ def limits(facts: Facts) -> list[str]:
         found += [sentence for text in results.texts if (sentence := _estimated(text, results.protocol))]
     if results is not None:
         found += card_samples.limits(results)
-    if results is not None and (results.speed or results.throughput):
+        if other := other_reference(facts.provenance, results.reference):
+            found.append(
+                f"It was measured against a model named {code(results.reference)}; that this is its base model "
+                f"({code(other)}) is its maker's word."
+            )
+    if EXPORT in facts.provenance:
+        pass  # its runtime is another one; what the card says of that stands before these
+    elif results is not None and (results.speed or results.throughput):
         found.append("Speed and memory hold for the machine, threads and kernels named above and for no other.")
     elif results is not None:
         found.append("Speed was not measured.")

@@ -38,13 +38,14 @@ def _text(text: TextResult) -> list[str]:
         return []
     parts = [f"{part.name} {with_interval(part.kl)}{_floor(part.noise_floor_kl)}" for part in text.depth.percentiles]
     lines = [f"Text {code(text.name)}: percentiles of KL over its tokens, in nats: {'; '.join(parts)}.", ""]
+    lines += ["<details><summary>By the float model's confidence and by position, in figures</summary>", ""]
     lines += [
         "| Positions | Share | KL(float ‖ quantized) | Noise floor | Top-1 agreement |",
         "|---|---:|---:|---:|---:|",
     ]
     for what, slices in (("float top-1", text.depth.by_confidence), ("token", text.depth.by_position)):
         lines += [_slice(what, part) for part in slices]
-    return [*lines, ""]
+    return [*lines, "", "</details>", ""]
 
 
 def _slice(what: str, part: Slice) -> str:

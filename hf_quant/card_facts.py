@@ -26,6 +26,7 @@ class CheckpointFacts:
         architecture, model_type: from config.json.
         files: (relative name, bytes) of every file but the card, its results and its plots.
         tensors: tensor name -> bytes, from the headers; None when they were not read.
+        context: how many tokens it reads at a time; 0 where its config does not say.
         chat: whether the tokenizer has a chat template.
         custom_code: whether loading needs trust_remote_code.
         plots: (relative path, caption) of the plots beside the card.
@@ -39,6 +40,7 @@ class CheckpointFacts:
     model_type: str
     files: tuple[tuple[str, int], ...]
     tensors: Mapping[str, int] | None = None
+    context: int = 0
     chat: bool = False
     custom_code: bool = False
     plots: tuple[tuple[str, str], ...] = ()
@@ -155,6 +157,13 @@ def shown_base(provenance: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         return ""
     return file_name(name) if is_local(provenance) else name
+
+
+def other_reference(provenance: Mapping[str, Any], reference: str) -> str:
+    """The recorded base model's name where what was measured against is called otherwise; empty where it is not."""
+    known = [name for name in (shown_base(provenance), copy_name(provenance)) if name]
+    same = {file_name(name).casefold() for name in known}
+    return known[0] if known and file_name(reference).casefold() not in same else ""
 
 
 def copy_name(provenance: Mapping[str, Any]) -> str:

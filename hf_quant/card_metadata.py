@@ -26,6 +26,7 @@ from hf_quant.card_text import LOCAL_PATH, one_line, plain_figure
 from hf_quant.errors import CardError
 from hf_quant.evaluation.results import EvaluationResult, Interval
 from hf_quant.evaluation.task_results import TaskRun, label_of
+from hf_quant.texts import HUB_PREFIX
 
 # The identifiers that the Hub accepts in `license` (hub-docs, repositories-licenses); it refuses a card with another.
 _LICENSES = """
@@ -42,6 +43,7 @@ _LICENSES = """
 LICENSES = frozenset(_LICENSES.split())
 LIBRARY = "transformers"
 TAG = "hf-quant"
+EXPORT_TAGS = ("gguf", "onnx", "openvino", "modelopt")  # files that transformers is not the library of
 _YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -135,6 +137,15 @@ def inherited(base: BaseCard, base_id: str | None, files: Sequence[str]) -> dict
     if isinstance(tag, str) and _SLUG.fullmatch(tag):
         result["pipeline_tag"] = tag
     return result
+
+
+def datasets_of(provenance: Mapping[str, Any]) -> list[str] | None:
+    """The Hub dataset that it was calibrated on, as the Hub names it."""
+    source = str((provenance.get("data") or {}).get("source") or "")
+    if not source.startswith(HUB_PREFIX):
+        return None
+    name = hub_id(source.removeprefix(HUB_PREFIX).split(":")[0].partition("@")[0])
+    return [name] if name else None
 
 
 def _license_link(link: str, base_id: str | None, files: Sequence[str]) -> str | None:
@@ -272,9 +283,10 @@ def _check_keys(metadata: Mapping[str, Any]) -> None:
     def wrong(key: str, expected: str) -> CardError:
         return CardError(f"the card's metadata has {key}: {metadata.get(key)!r}.", f"{key} must be {expected}.")
 
-    if metadata.get("library_name") != LIBRARY:
-        raise wrong("library_name", LIBRARY)
     tags = metadata.get("tags")
+    exported = isinstance(tags, list) and any(tag in EXPORT_TAGS for tag in tags)
+    if metadata.get("library_name") != (None if exported else LIBRARY):
+        raise wrong("library_name", "left out" if exported else LIBRARY)
     if not isinstance(tags, list) or not all(isinstance(tag, str) and tag for tag in tags) or TAG not in tags:
         raise wrong("tags", f"a list of words with {TAG} among them")
     base = metadata.get("base_model")

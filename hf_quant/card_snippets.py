@@ -12,11 +12,13 @@ from typing import Any
 import yaml
 
 from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, shown_base
-from hf_quant.card_text import one_line, without_paths
+from hf_quant.card_text import literal, one_line, without_paths
 from hf_quant.card_usage import Usage, usage_of
 from hf_quant.config import HfQuantConfig
 from hf_quant.evaluation.kinds import Kind
 
+# Commands that a card may show, and what stands before the name in them.
+_COMMANDS = (("vllm serve", ""), ("hf download", ""), ("ollama run", "hf.co/"), ("trtllm-serve", ""))
 # Recipe keys that change how a checkpoint is loaded, not what is in it.
 _LOADING_KEYS = ("quant_method", "kernel", "activations", "dequantize")
 
@@ -29,8 +31,11 @@ def with_repo_id(text: str, repo_id: str) -> str:
     old = json.loads(match.group(1))
 
     def fenced(block: re.Match[str]) -> str:
-        changed = block.group().replace(f"repo_id = {_literal(old)}\n", f"repo_id = {_literal(repo_id)}\n")
-        return changed.replace(f"vllm serve {shlex.quote(old)}\n", f"vllm serve {shlex.quote(repo_id)}\n")
+        changed = block.group().replace(f"repo_id = {literal(old)}\n", f"repo_id = {literal(repo_id)}\n")
+        for command, prefix in _COMMANDS:
+            before, now = (f"{command} {shlex.quote(prefix + name)}" for name in (old, repo_id))
+            changed = re.sub(rf"^{re.escape(before)}(?=\s)", now, changed, flags=re.MULTILINE)
+        return changed
 
     text = re.sub(r"^```.*?^```", fenced, text, flags=re.MULTILINE | re.DOTALL)
     return text.replace(match.group(), _marker(repo_id), 1)
@@ -58,7 +63,7 @@ class Snippet:
 
     @property
     def repo(self) -> str:
-        return _literal(self.checkpoint.repo_id)
+        return literal(self.checkpoint.repo_id)
 
     @property
     def shell_repo(self) -> str:
@@ -87,10 +92,6 @@ class Snippet:
 def _marker(repo_id: str) -> str:
     # "--" would end the comment for some parsers
     return f"<!-- hf-quant: snippets load {json.dumps(repo_id).replace('--', chr(92) + 'u002d-')} -->"
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def quantize_command(provenance: Mapping[str, Any], checkpoint: CheckpointFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
@@ -61,12 +62,25 @@ def code(text: object, in_table: bool = False) -> str:
     return f"{fence}{pad}{plain}{pad}{fence}"
 
 
+def literal(text: str) -> str:
+    """``text`` as a string in Python code."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def amount(nbytes: float) -> str:
     """Bytes in decimal units with three significant digits: ``538 MB``."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= size:
             return f"{significant(nbytes / size)} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def count_of(number: int) -> str:
+    """A number of parameters in words: ``135 million``."""
+    for unit, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):
+        if number >= size:
+            return f"{significant(number / size)} {unit}"
+    return f"{number:,}"
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -5,6 +5,7 @@ written. (GGUF has float16 scales only: rounding others is possible, where it is
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -16,11 +17,17 @@ from transformers import PreTrainedModel
 
 from hf_quant import api
 from hf_quant.checkpoint import (
+    MANIFEST_FILE,
+    RESULTS_FILE,
     atomic_directory,
     check_directory,
     check_output,
+    checkpoint_digest,
     copy_side_files,
     read_json,
+    read_manifest,
+    record_evidence,
+    verify_manifest,
     write_manifest,
 )
 from hf_quant.errors import CheckpointError, ConfigError, DependencyError, FormatError
@@ -29,7 +36,7 @@ from hf_quant.integrations.published import PublishedConfig, model_dtype
 from hf_quant.kernels import registry
 from hf_quant.nn.swap import quantized_modules
 from hf_quant.plan_bytes import restated
-from hf_quant.provenance import KEY, STOCK, plan_rows
+from hf_quant.provenance import EXPORT, KEY, STOCK, export_record, plan_rows
 from hf_quant.tensor import QuantizedTensor
 from hf_quant.version import __version__
 
@@ -123,13 +130,30 @@ def _export(
             f"{to} needs a package that is missing: {error}.", f"pip install hf-quant[{to}]."
         ) from error
     before = getattr(model.config, KEY, None) or {"version": __version__}
+    digest, notes = _source_digest(source)
+    record = export_record(before, target=to, stored=stored, model=model, source_digest=digest)
+    model.config.__dict__.pop(KEY, None)  # the manifest says it; what others read says nothing of us
     layers = sum(1 for _ in quantized_modules(model))  # a writer may use the model up
     with atomic_directory(output, overwrite=overwrite) as directory:
         written = writer.write(model, source, directory, output.absolute().name, **options)
         copy_side_files(source, directory)
-        record = {**before, "format": to, "converted_from": stored}
-        write_manifest(directory, record, plan_rows(model.hf_quantizer.plan))
-    return Conversion(stored, to, layers, written.notes, written.exact)
+        record[EXPORT] |= {"file": written.file.name, "exact": written.exact, "notes": list(written.notes)}
+        plan = plan_rows(model.hf_quantizer.plan) if digest is None else read_manifest(source).plan
+        write_manifest(directory, record, plan)
+        if digest is not None and (source / RESULTS_FILE).is_file():
+            shutil.copyfile(source / RESULTS_FILE, directory / RESULTS_FILE)
+            record_evidence(directory, [RESULTS_FILE])
+    return Conversion(stored, to, layers, (*written.notes, *notes), written.exact)
+
+
+def _source_digest(source: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The digest of a checkpoint of ours, which its results name; none, and why, where its files are others by now."""
+    if not (source / MANIFEST_FILE).is_file():
+        return None, ()
+    found = verify_manifest(source)
+    if found.changed or found.missing:
+        return None, (f"{source.name} is not what its manifest records ({found}): its results are not taken along",)
+    return checkpoint_digest(source), ()
 
 
 def _to_stock(name: str) -> Callable[[PreTrainedModel], tuple[str, tuple[str, ...]]]:

@@ -17,6 +17,7 @@ FLOAT = "#9aa3ad"
 QUANTIZED = "#2f6fb3"
 PALETTE = (QUANTIZED, "#d9822b", "#3c9a5f", "#b0457b", "#7a5bb5", "#8c6d31", "#4aa3b8")
 DPI = 150
+_LEGEND_CHARACTERS = 84  # that fit beside each other
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ def new_figure(height: float) -> tuple[Any, Any]:
 
 
 def add_legend(axes: Any, columns: int) -> None:
-    """A legend above the axes, to the left, in rows of ``columns``."""
+    """A legend above the axes, to the left, in rows of at most ``columns`` (fewer where its texts are long)."""
+    longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
     legend = axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=columns,
+        ncols=min(columns, max(1, _LEGEND_CHARACTERS // (longest + 4))),
         frameon=False,
         fontsize=9,
         borderaxespad=0.2,
@@ -79,6 +81,14 @@ def add_legend(axes: Any, columns: int) -> None:
     for text in legend.get_texts():
         text.set_color(INK)
         text.set_parse_math(False)
+
+
+def byte_tick(value: float, _: object = None) -> str:
+    """A round number of bytes for an axis: ``50 MB``."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} B" if value else "0"
 
 
 def plain_label(text: str, instead: str) -> str:

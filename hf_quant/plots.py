@@ -16,6 +16,7 @@ from hf_quant.plot_frame import (
     QUANTIZED,
     Plot,
     add_legend,
+    byte_tick,
     finished,
     new_figure,
     plain_label,
@@ -196,7 +197,7 @@ def _bytes_by_kind(rows: Sequence[LayerRow]) -> Plot:
     )
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_xlim(0, largest * 1.18)
-    axes.xaxis.set_major_formatter(lambda value, _: amount(value) if value else "0")
+    axes.xaxis.set_major_formatter(byte_tick)
     axes.set_xlabel("bytes", fontsize=9)
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
     before, after = sum(pair[0] for pair in totals.values()), sum(pair[1] for pair in totals.values())
@@ -243,7 +244,7 @@ def _bytes_by_block(names: list[str], blocks: list[dict[str, int]], before: list
     axes.set_xticks(range(0, len(names), step), names[::step])
     axes.set_xlim(-0.8, len(names) - 0.2)
     axes.set_ylim(0, max(*base, *before) * 1.05 or 1)
-    axes.yaxis.set_major_formatter(lambda value, _: amount(value) if value else "0")
+    axes.yaxis.set_major_formatter(byte_tick)
     axes.set_xlabel("block of " + plain_label(", ".join(prefixes), "the model"), fontsize=9, parse_math=False)
     axes.set_ylabel("bytes", fontsize=9)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)

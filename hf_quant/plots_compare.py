@@ -7,7 +7,18 @@ from typing import Any
 
 from hf_quant.card_text import amount, significant
 from hf_quant.comparison.result import Comparison
-from hf_quant.plot_frame import FAINT, FLOAT, INK, PALETTE, Plot, add_legend, finished, new_figure, plain_label
+from hf_quant.plot_frame import (
+    FAINT,
+    FLOAT,
+    INK,
+    PALETTE,
+    Plot,
+    add_legend,
+    byte_tick,
+    finished,
+    new_figure,
+    plain_label,
+)
 
 _MARKERS = "osD^vPX"
 
@@ -64,7 +75,8 @@ def _points(axes: Any, comparison: Comparison, values: Sequence[float | None], o
     """Every checkpoint with a marker of its own, filled on the front, and a line through the front."""
     places = [entry.disk_bytes for entry in comparison.entries]
     line = sorted((x, y) for x, y, on in zip(places, values, on_front, strict=True) if on and y is not None)
-    axes.plot(*zip(*line, strict=True), color=INK, alpha=0.45, linewidth=1.6, zorder=1, label="Pareto front")
+    if len(line) > 1:
+        axes.plot(*zip(*line, strict=True), color=INK, alpha=0.45, linewidth=1.6, zorder=1, label="Pareto front")
     for i, (entry, value, on) in enumerate(zip(comparison.entries, values, on_front, strict=True)):
         if value is None:
             continue
@@ -83,7 +95,7 @@ def _points(axes: Any, comparison: Comparison, values: Sequence[float | None], o
 
 
 def _finish(axes: Any, comparison: Comparison, more: str) -> None:
-    axes.xaxis.set_major_formatter(lambda value, _: amount(value) if value > 0 else "0")
+    axes.xaxis.set_major_formatter(byte_tick)
     axes.margins(x=0.12)
     axes.set_xlabel(f"files of weights (float: {amount(comparison.float_disk_bytes)}){more}", fontsize=9)
     axes.grid(color=FAINT, linewidth=0.8)

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_quant.checkpoint import MANIFEST_FILE, read_manifest
 from hf_quant.config import HfQuantConfig
 from hf_quant.plan import Plan
 from hf_quant.version import __version__
 
 STOCK = "stock_loading"  # in the record: a sentence on what stock transformers needs to load the checkpoint
 KEY = "hf_quant"  # top-level key of config.json; stock loaders keep and ignore it
+EXPORT = "export"  # in the record of what `hf-quant convert` wrote for other runtimes: what their files no longer say
 
 
 def make_provenance(
@@ -49,6 +51,40 @@ def make_provenance(
         "torch": importlib.metadata.version("torch"),
         "transformers": importlib.metadata.version("transformers"),
     }
+
+
+def export_record(
+    before: Mapping[str, Any], *, target: str, stored: str, model: Any, source_digest: str | None
+) -> dict[str, Any]:
+    """The record of files for another runtime: where the weights come from, and what the card has to know of the model.
+
+    Args:
+        before: the record of the checkpoint that is converted.
+        target, stored: what is written, and the format that was read.
+        model: the checkpoint's.
+        source_digest: of the checkpoint, whose measured results speak of these weights too.
+    """
+    names = list(model.config.architectures or [type(model).__name__])
+    about = {"source_digest": source_digest, "architecture": names[0], "model_type": model.config.model_type}
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int):
+        about["max_position_embeddings"] = context
+    kept = {key: value for key, value in before.items() if key != STOCK}  # a sentence about other files
+    return {**kept, "format": target, "converted_from": stored, EXPORT: about}
+
+
+def measured_digests(provenance: Mapping[str, Any], own: str) -> tuple[str, ...]:
+    """The digests of checkpoints whose results belong to these files: their own, and what they were converted from."""
+    source = (provenance.get(EXPORT) or {}).get("source_digest")
+    return (own, source) if isinstance(source, str) else (own,)
+
+
+def exported_as(directory: Path) -> str:
+    """What `convert` wrote into a directory (``gguf``, ...), where that is for another runtime; else empty."""
+    if not (directory / MANIFEST_FILE).is_file():
+        return ""
+    provenance = read_manifest(directory).provenance
+    return str(provenance.get("format")) if EXPORT in provenance else ""
 
 
 def public_name(model: str) -> str:

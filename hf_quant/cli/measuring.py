@@ -126,6 +126,7 @@ def evaluate(
     hf-quant evaluate ./vit-int8 -r ./vit --media images:./photos
     """
     quiet_libraries()
+    from hf_quant.checkpoint import is_ours
     from hf_quant.evaluation import evaluate_directory
     from hf_quant.evaluation.table import render
     from hf_quant.evaluation.task_loading import load_tasks
@@ -177,7 +178,15 @@ def evaluate(
         print_json(result.model_dump())
     else:
         out.print(render(result))
-        out.print(f"recorded in {directory / 'evaluation.json'}; next: hf-quant card {directory}")
+        after = f"; next: hf-quant card {directory}" if is_ours(directory) else ""
+        out.print(f"recorded in {directory / 'evaluation.json'}{after}")
+        if other := other_base(directory, result.reference):
+            out.print(
+                f"note: {directory} records {other} as its base model, measured was {result.reference}: make sure that "
+                "they are the same.",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def card(
@@ -221,6 +230,16 @@ def recorded_base(directory: Path) -> str:
         return base
     known = f"only the name of its base model ({base!r})" if base else "no base model"
     raise CheckpointError(f"{directory} records {known}.", "say where the float model is: --reference DIR_OR_HUB_ID.")
+
+
+def other_base(directory: Path, reference: str) -> str:
+    """The base model that a checkpoint of ours records, where the reference has another name; else empty."""
+    from hf_quant.card_facts import other_reference
+    from hf_quant.checkpoint import MANIFEST_FILE, read_manifest
+
+    if not (directory / MANIFEST_FILE).is_file():
+        return ""
+    return other_reference({"base_model": None, **read_manifest(directory).provenance}, reference)
 
 
 def reproducible(ctx: typer.Context) -> str:

@@ -19,6 +19,9 @@ def verify(
     metrics: Annotated[
         bool, typer.Option("--metrics", help="Measure again, by the recorded protocol, what evaluation.json states.")
     ] = False,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="For --metrics: run the recorded tasks again too, by name (needs lm-eval).")
+    ] = False,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -58,6 +61,7 @@ def verify(
     report = run(
         source,
         metrics=metrics,
+        tasks=tasks,
         reference=reference,
         revision=revision,
         texts=tuple(text or ()),
@@ -82,7 +86,11 @@ def verify(
         for finding in report.notes:
             out.print(f"note      {finding}", markup=False, soft_wrap=True)
         what = f"{source} at {report.commit}" if report.commit else source
-        verdict = "verified" if report.ok else f"NOT verified: {len(report.problems)} findings"
+        verdict = (
+            "verified"
+            if report.ok
+            else f"NOT verified: {len(report.problems)} finding{'s' * (len(report.problems) > 1)}"
+        )
         out.print(f"{what}: {verdict}", markup=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(_NOT_AS_SAID)

@@ -18,7 +18,7 @@ from hf_quant.errors import EvaluationError, HfQuantError
 from hf_quant.evaluation import RESULTS_FILE, EvaluationResult, environment, evaluate, load_text
 from hf_quant.evaluation.progress import Stages
 from hf_quant.evaluation.results import SpeedResult
-from hf_quant.evaluation.sources import load_tokenizer, opened, quiet_loading, timed_load
+from hf_quant.evaluation.sources import checked_device, load_tokenizer, opened, quiet_loading, timed_load
 from hf_quant.evaluation.speed import PREFILL_TOKENS, Subject, measure
 from hf_quant.texts import BUILT_IN
 
@@ -78,6 +78,7 @@ def compare(
             nothing recorded where nothing may be measured, no float model to measure against.
         HfQuantError: as :func:`hf_quant.evaluation.evaluate`.
     """
+    device = None if device is None else checked_device(device)
     paths = _checked(directories)
     names = _names(paths)
     known: dict[Path, EvaluationResult] = {}
@@ -109,6 +110,7 @@ def compare(
                 **settings,
                 speed=not speed,
                 int8_activations=False,
+                depth=False,  # no table shows it
                 repeats=repeats,
                 trust_remote_code=trust_remote_code,
                 progress=progress,

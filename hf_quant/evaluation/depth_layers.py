@@ -54,6 +54,8 @@ def layer_errors(
     names = [name for name, module in reference.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     blocks = [block.name for block in find_blocks(reference.model, [*names, *_fused_experts(reference.model)])]
     theirs = dict(model.model.named_modules())
+    if _width(reference.model) != _width(model.model):
+        return LayerFinding()  # another model: nothing inside of it stands for anything inside of this one
     inside = [name for name in names if name in theirs and any(name.startswith(f"{block}.") for block in blocks)]
     blocks = [name for name in blocks if name in theirs]
     found = LayerFinding()
@@ -63,6 +65,12 @@ def layer_errors(
             if advance is not None:
                 advance()
     return found
+
+
+def _width(model: nn.Module) -> int | None:
+    """Numbers per embedded token."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    return getattr(table, "embedding_dim", None)
 
 
 def _window(

@@ -37,7 +37,7 @@ from hf_quant.evaluation.results import (
     ThroughputResult,
 )
 from hf_quant.evaluation.size import bits_per_weight, disk_bytes, memory_bytes
-from hf_quant.evaluation.sources import Origin, Source, opened, quiet_loading, timed_load
+from hf_quant.evaluation.sources import Origin, Source, checked_device, opened, quiet_loading, timed_load
 from hf_quant.evaluation.speed import Subject, measure, measure_passes, run_once
 from hf_quant.evaluation.task_record import with_earlier_tasks
 from hf_quant.evaluation.text import Text, Windows
@@ -125,6 +125,9 @@ def evaluate(
         DependencyError: a package that a format or a Hub dataset needs is not installed.
         OutputError: no space for the temporary copy of a model in memory.
     """
+    registry.check_name(kernel)
+    registry.check_activations(activations)
+    device = checked_device(device)
     asked = forces(kernel, activations)
     if asked is not None and isinstance(candidate, PreTrainedModel):
         raise EvaluationError(f"{asked} for a model in memory.", "load it with that, or pass a directory.")
@@ -159,7 +162,7 @@ def evaluate(
             float_origin,
             _protocol_dtype(dtype, float_origin, origin),
             narrow,
-            device or "cpu",
+            device,
             kernel,
             activations,
         )

@@ -53,28 +53,35 @@ def bits_per_weight(candidate: Path, reference: Path) -> float:
     quantized weight has the bits of its float matrices.
 
     Raises:
-        EvaluationError: the candidate says that it is quantized, but none of its tensors belongs to a weight of the
-            reference.
+        EvaluationError: the candidate is quantized, and none of its tensors belongs to a weight of the reference, or
+            a float one has another shape there: it was made from another model.
         CheckpointError: a directory is damaged.
     """
     stored, originals = read_headers(candidate), read_headers(reference)
     modules = _by_module(stored)
     bits = weights = 0
     float_bits = float_weights = 0
+    misfit = ""
     for name, original in originals.items():
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or len(original.shape) < 2:
             continue
         parts = modules.get(module, {})
         plain = parts.get("weight")
-        if plain is not None and plain.dtype in _FLOATS and plain.shape == original.shape:
+        if plain is not None and plain.dtype in _FLOATS:
             float_bits += 8 * plain.nbytes
-            float_weights += _numel(original)
+            float_weights += _numel(plain)
+            if plain.shape != original.shape and not misfit:
+                misfit = (
+                    f"{name} is {list(plain.shape)} in {candidate.name}, {list(original.shape)} in {reference.name}"
+                )
             continue
         counted = [info for suffix, info in parts.items() if suffix != "bias" and not _is_constant(suffix)]
         if counted:
             bits += 8 * sum(info.nbytes for info in counted)
             weights += _numel(original)
+    if weights and misfit:  # a smaller float model may have other shapes, a quantized copy may not
+        raise EvaluationError(f"{misfit}.", "give the float model that it was made from.")
     if weights:
         return bits / weights
     if "quantization_config" in read_json(candidate, "config.json") or not float_weights:

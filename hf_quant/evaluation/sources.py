@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_quant.errors import DependencyError, EvaluationError, HfQuantError, OutputError
 from hf_quant.evaluation.kinds import Kind, kind_of
+from hf_quant.provenance import exported_as
 
 Source: TypeAlias = "str | Path | PreTrainedModel"
 
@@ -67,9 +68,10 @@ class Origin:
             raise
         except ImportError as error:
             raise DependencyError(f"{self.label} cannot be loaded: {error}", "install what it names.") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise EvaluationError(
-                f"transformers cannot load {self.label}: {error}.", "check that the directory is a whole checkpoint."
+                f"transformers cannot load {self.label}: {_first_line(error)}.",
+                "check that the directory is a whole checkpoint.",
             ) from error
         for kind in ("missing_keys", "mismatched_keys"):
             keys = sorted(str(key) for key in report.get(kind) or ())
@@ -130,11 +132,16 @@ def opened(
         directory = _snapshot(source, role, revision)
     else:
         raise EvaluationError(f"the {role} {str(source)!r} does not exist.", "give a directory or a Hub id.")
+    if exported := exported_as(directory):
+        raise EvaluationError(
+            f"the {role} {label} holds {exported} files, which transformers does not load as they are.",
+            "evaluate the checkpoint that they were converted from.",
+        )
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise EvaluationError(
-            f"the {role} {label} has no config that transformers can read: {error}.",
+            f"the {role} {label} has no config that transformers can read: {_first_line(error)}.",
             "give the directory of a model (with config.json).",
         ) from error
     architectures = getattr(config, "architectures", None) or [""]
@@ -158,7 +165,7 @@ def load_beside(auto_class: Any, what: str, *origins: Origin) -> Any:
             try:
                 return auto_class.from_pretrained(str(place), trust_remote_code=origin.trust_remote_code)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-                problems.append(f"{origin.label}: {str(error).strip().splitlines()[0]}")
+                problems.append(f"{origin.label}: {_first_line(error)}")
     raise EvaluationError(
         f"neither model has a {what} that loads ({'; '.join(problems)}).",
         f"pass {what.split()[-1]}=..., or save the {what} beside the model.",
@@ -186,6 +193,23 @@ def timed_load(origin: Origin, dtype: torch.dtype, device: str) -> tuple[PreTrai
     return model, time.perf_counter() - start
 
 
+def checked_device(device: str | None) -> str:
+    """``device``, default ``cpu``; raises EvaluationError where torch does not know it or this machine lacks it."""
+    try:
+        asked = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise EvaluationError(f"{device!r} is no device of torch.", "use cpu, cuda, cuda:0, mps ...") from error
+    if asked.type != "cpu":
+        module = getattr(torch, asked.type, None)
+        count = module.device_count() if module is not None and module.is_available() else 0
+        if (asked.index or 0) >= count:
+            what = f"has {count} of that kind" if count else "has none, or this build of torch cannot use it"
+            raise EvaluationError(
+                f"device {device!r} cannot be used: this machine {what}.", "choose another one: --device cpu."
+            )
+    return str(asked)
+
+
 def synchronize(device: str) -> None:
     """Wait for the device; a no-op on the CPU."""
     kind = torch.device(device).type
@@ -207,9 +231,13 @@ def _snapshot(name: str, role: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise EvaluationError(
-            f"the {role} {name!r} is neither a directory nor a model that can be reached: {error}.",
+            f"the {role} {name!r} is neither a directory nor a model that can be reached: {_first_line(error)}.",
             "give a directory with config.json and *.safetensors, or a Hub id (and be online).",
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _measurable(config: Any, label: str, architecture: str) -> Kind:

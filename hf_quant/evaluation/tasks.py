@@ -23,7 +23,7 @@ from hf_quant.errors import EvaluationError
 from hf_quant.evaluation.accuracy import AUTO_KERNEL, environment_of, forces, name_of
 from hf_quant.evaluation.results import RESULTS_FILE, EvaluationResult
 from hf_quant.evaluation.run import write_results
-from hf_quant.evaluation.sources import Origin, Source, load_tokenizer, opened, quiet_loading
+from hf_quant.evaluation.sources import Origin, Source, checked_device, load_tokenizer, opened, quiet_loading
 from hf_quant.evaluation.speed import kernels
 from hf_quant.evaluation.task_loading import BUILT_IN_SOURCE, LoadedTasks, functions_of, load_tasks, quiet_harness
 from hf_quant.evaluation.task_pairs import combine, compare_items
@@ -86,6 +86,7 @@ def evaluate_tasks(
         KernelError: the kernel that was asked for cannot run.
     """
     _check_numbers(num_fewshot, limit, batch_size)
+    device = checked_device(device)
     asked = forces(kernel, activations)
     if asked is not None and isinstance(candidate, PreTrainedModel):
         raise EvaluationError(f"{asked} for a model in memory.", "load it with that, or pass a directory.")
@@ -117,7 +118,7 @@ def evaluate_tasks(
         for role, origin in zip(("float", "quantized"), origins, strict=True):
             if progress:
                 Console(stderr=True, highlight=False).print(f"{role} model: {', '.join(loaded.tasks)}")
-            model = _load(origin, dtype, device or "cpu")
+            model = _load(origin, dtype, device)
             answers.append(
                 _answers(model, tokenizer, loaded, limit, batch_size, chat_template, seed, unsafe_code, progress)
             )
@@ -129,7 +130,7 @@ def evaluate_tasks(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={package: metadata.version(package) for package in _PACKAGES},
         dtype=name_of(dtype),
-        device=device or "cpu",
+        device=device,
         kernels=ran,
         num_fewshot=num_fewshot,
         limit=limit,

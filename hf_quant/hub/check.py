@@ -13,20 +13,24 @@ from hf_quant.checkpoint import (
     README_FILE,
     RESULTS_FILE,
     FileEntry,
+    Manifest,
     check_directory,
     checkpoint_digest,
     file_sha256,
     read_json,
+    read_manifest,
     require_verified,
     weight_files,
 )
-from hf_quant.checkpoint.contents import HUB_LEFTOVERS, belongs, list_files, matches
+from hf_quant.checkpoint.contents import EXPORTED, HUB_LEFTOVERS, belongs, list_files, matches
 from hf_quant.checkpoint.headers import checkpoint_root, contained
 from hf_quant.errors import CheckpointError, HubError
 from hf_quant.evaluation.results import EvaluationResult
+from hf_quant.provenance import EXPORT, measured_digests
 from hf_quant.verification.card import require_card
 
 MAX_FILE_BYTES = 50 * 10**9  # larger files cannot be fetched from the Hub over plain HTTP
+_READ_OF_BINARIES = 64 * 2**20  # of files of other runtimes: their texts come first, then gigabytes of weights
 _IMAGES = (".png", ".svg")
 _ASSIGNED = rb"[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}"
 # What it is, a literal that occurs in every one (a fast test for large vocabularies), what it looks like as a whole:
@@ -73,15 +77,19 @@ def check_publishable(directory: Path | str, include: Sequence[str] = ()) -> Pub
         HubError: no card, a stray file, a secret, a private format, results of another checkpoint, a file too large.
     """
     directory = checkpoint_root(directory)
-    check_directory(directory)
-    names = _names(directory, include)
-    _check_format(directory)
+    manifest = read_manifest(directory) if (directory / MANIFEST_FILE).is_file() else None
+    exported = manifest is not None and EXPORT in manifest.provenance
+    if not exported:
+        check_directory(directory)
+    names = _names(directory, include, manifest if exported else None)
+    if not exported:
+        _check_format(directory)
     _check_card(directory)
     for name in names:
         _check_content(contained(directory, name), name)
     manifest = require_verified(directory)
     digest = checkpoint_digest(directory)
-    _check_results(directory, digest)
+    _check_results(directory, measured_digests(manifest.provenance, digest))
     require_card(directory)
     files = dict(manifest.files)
     for name in names:
@@ -103,17 +111,22 @@ def find_secret(data: bytes) -> tuple[str, int] | None:
     return None
 
 
-def _names(directory: Path, include: Sequence[str]) -> list[str]:
-    """The files to publish; raises HubError for one that has no business in a checkpoint."""
+def _names(directory: Path, include: Sequence[str], exported: Manifest | None) -> list[str]:
+    """The files to publish; raises HubError for one that has no business in a checkpoint.
+
+    Files of another runtime have names of many kinds: there, what the manifest records belongs.
+    """
     names = [name for name in list_files(directory) if not matches(name, HUB_LEFTOVERS)]
     for name in (*include, MANIFEST_FILE, README_FILE):
         if name not in names:
             fix = "write it with `hf-quant card`." if name == README_FILE else "quantize again, or check the name."
             raise HubError(f"{directory} has no {name}.", fix)
     # Code travels with a model that is loaded with trust_remote_code; config.json then refers to it.
-    code = "auto_map" in read_json(directory, "config.json")
-    weights = weight_files(directory)
+    code = exported is None and "auto_map" in read_json(directory, "config.json")
+    weights = exported.files if exported is not None else weight_files(directory)
     for name in names:
+        if exported is not None and name in exported.files:
+            continue
         if name in include or (code and name.endswith(".py") and "/" not in name):
             continue
         if not belongs(name):
@@ -145,14 +158,14 @@ def _check_card(directory: Path) -> None:
     validate_card(text, directory)
 
 
-def _check_results(directory: Path, digest: str) -> None:
+def _check_results(directory: Path, digests: Sequence[str]) -> None:
     path = directory / RESULTS_FILE
     if not path.exists():
         return
     measured = EvaluationResult.read(path).candidate_digest
-    if measured is not None and measured != digest:
+    if measured is not None and measured not in digests:
         raise HubError(
-            f"{path} holds the results of another checkpoint ({measured[:12]}, this one is {digest[:12]}).",
+            f"{path} holds the results of another checkpoint ({measured[:12]}, this one is {digests[0][:12]}).",
             "run `hf-quant evaluate` and `hf-quant card` again.",
         )
 
@@ -168,7 +181,8 @@ def _check_content(path: Path, name: str) -> None:
         return
     with path.open("rb") as file:
         header_only = name.endswith(".safetensors")  # the rest of it is not text
-        data = file.read(int.from_bytes(file.read(8), "little") if header_only else -1)
+        most = _READ_OF_BINARIES if name.endswith(EXPORTED) else -1
+        data = file.read(int.from_bytes(file.read(8), "little") if header_only else most)
     if found := find_secret(data):
         raise HubError(
             f"{name} seems to hold {found[0]} (line {found[1]}).",

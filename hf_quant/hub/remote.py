@@ -16,6 +16,7 @@ from hf_quant.errors import HfQuantError, HubError
 from hf_quant.hub.check import Publishable
 
 MAIN = "main"
+_WEIGHTS = (".safetensors", ".gguf", ".onnx", "openvino_model.bin")
 Gated: TypeAlias = Literal["auto", "manual"]
 LOGIN = "run `hf auth login` with a token that can write, or set HF_TOKEN."
 _AGAIN = "run the same command again: nothing was published half, and what was uploaded is not sent twice."
@@ -92,6 +93,13 @@ def check_replaceable(repo_id: str, remote: dict[str, RepoFile], checked: Publis
     if weights and MANIFEST_FILE not in remote and not allowed:
         raise HubError(
             f"{repo_id} already holds a model that hf-quant did not publish ({weights[0]}).",
+            "choose another repo id, push to a branch with --revision, or pass --overwrite to replace it.",
+        )
+    ours = [end for end in _WEIGHTS if any(name.endswith(end) for name in checked.files)]
+    others = [name for name in remote if name.endswith(_WEIGHTS) and not name.endswith(tuple(ours))]
+    if others and not allowed:  # a GGUF file and the checkpoint that it was made from, say: each is a model of its own
+        raise HubError(
+            f"{repo_id} holds the same model in other files ({others[0]}), which this push would replace.",
             "choose another repo id, push to a branch with --revision, or pass --overwrite to replace it.",
         )
 

@@ -25,6 +25,7 @@ from hf_quant.checkpoint import (
 from hf_quant.errors import CardError, EvaluationError
 from hf_quant.evaluation.results import EvaluationResult
 from hf_quant.evaluation.size import disk_bytes
+from hf_quant.provenance import EXPORT, measured_digests
 from hf_quant.verification.findings import Finding, note
 from hf_quant.version import __version__
 
@@ -46,10 +47,15 @@ def check_results(directory: Path, manifest: Manifest) -> tuple[list[Finding], s
         return [Finding("results", RESULTS_FILE, _first(error.problem), _EVALUATE)], ""
     findings = []
     digest = checkpoint_digest(directory)
-    if results.candidate_digest != digest:
+    if results.candidate_digest not in measured_digests(manifest.provenance, digest):
         whose = f"{results.candidate_digest[:12]}…" if results.candidate_digest else "of a checkpoint that is not named"
         problem = f"these are results of another checkpoint ({whose}, this one is {digest[:12]}…)."
         findings.append(Finding("results", RESULTS_FILE, problem, _EVALUATE))
+    if EXPORT in manifest.provenance:
+        converted = note(
+            "results", RESULTS_FILE, "was measured on the checkpoint that these files were converted from."
+        )
+        return [*findings, converted], f"measured {results.created} against {results.reference}"
     if any(name.endswith(".safetensors") for name in manifest.files) and weight_files(directory):
         held = disk_bytes(directory)
         if held != results.size.quantized_disk_bytes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from hf_quant.checkpoint import (
@@ -19,7 +19,8 @@ from hf_quant.checkpoint import (
     read_manifest,
     verify_manifest,
 )
-from hf_quant.errors import CheckpointError, HfQuantError, HubError
+from hf_quant.errors import CheckpointError, ConfigError, HfQuantError, HubError
+from hf_quant.provenance import EXPORT
 from hf_quant.verification.card import check_card, check_results
 from hf_quant.verification.files import check_files
 from hf_quant.verification.findings import Check, Finding, Report, note
@@ -33,6 +34,7 @@ def verify(
     source: str | os.PathLike[str],
     *,
     metrics: bool = False,
+    tasks: bool = False,
     reference: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     texts: Sequence[str] = (),
@@ -51,6 +53,7 @@ def verify(
     Args:
         source: a directory or a Hub id (which is downloaded).
         metrics: measure again what evaluation.json records, by its protocol.
+        tasks: for ``metrics``: run the recorded tasks again too.
         reference: the float model; default: the base model that the checkpoint records.
         revision: of a Hub id: branch, tag or commit.
         texts: for ``metrics``: files of texts that are not built in.
@@ -61,10 +64,13 @@ def verify(
         progress: bars on stderr.
 
     Raises:
+        ConfigError: ``tasks`` without ``metrics``.
         CheckpointError: not a directory, or not made by hf-quant: there is nothing to compare with.
         HubError: the Hub does not give it.
     """
     given = os.fspath(source)
+    if tasks and not metrics:
+        raise ConfigError("tasks are run again only with metrics.", "add --metrics (metrics=True).")
     directory, commit = Path(given), None
     if not directory.is_dir():
         directory = _download(given, revision, token)
@@ -79,7 +85,15 @@ def verify(
         what = "is missing" if not (directory / MANIFEST_FILE).exists() else error.problem
         lost = Finding("files", MANIFEST_FILE, f"{what.splitlines()[0].rstrip('.')}.", "restore it, or quantize again.")
         return Report(given, commit, None, {}, (lost,))
-    checks = _checks(directory, manifest, metrics, reference, texts, media, device, trust_remote_code, progress)
+    if metrics and EXPORT in manifest.provenance:
+        raise CheckpointError(
+            f"{given} holds {manifest.provenance.get('format')} files, which cannot be evaluated here.",
+            "verify the figures of the checkpoint that they were converted from.",
+        )
+    float_model = _reference(manifest, reference) if metrics else ""  # first: without it there is nothing to measure
+    checks = _checks(
+        directory, manifest, metrics, tasks, float_model, texts, media, device, trust_remote_code, progress
+    )
     done: dict[str, str] = {}
     findings: list[Finding] = []
     for check, run in checks.items():
@@ -97,7 +111,8 @@ def _checks(
     directory: Path,
     manifest: Manifest,
     metrics: bool,
-    reference: str | os.PathLike[str] | None,
+    tasks: bool,
+    reference: str,
     texts: Sequence[str],
     media: str | None,
     device: str | None,
@@ -112,9 +127,9 @@ def _checks(
         return check_files(directory, manifest, compared()), f"{count} files, {nbytes:,} bytes{more}"
 
     def plan() -> _Outcome:
-        if not (directory / "config.json").is_file():
-            packed = "a GGUF file" if any(name.endswith(".gguf") for name in manifest.files) else "no config.json"
-            return [note("plan", "plan", f"not recomputed: there is {packed}, whose digest stands for it.")], ""
+        if EXPORT in manifest.provenance:
+            what = f"these are {manifest.provenance.get('format')} files, whose digests stand for it"
+            return [note("plan", "plan", f"not recomputed: {what}.")], ""
         if not compared().ok:
             return [note("plan", "plan", "not recomputed: the files are not those that it is about.")], ""
         return check_plan(directory, manifest, trust_remote_code)
@@ -122,9 +137,10 @@ def _checks(
     def measured() -> _Outcome:
         return check_metrics(
             directory,
-            _reference(manifest, reference),
+            reference,
             texts=texts,
             media=media,
+            tasks=tasks,
             device=device,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -163,6 +179,9 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
         raise CheckpointError(f"{repo_id} is not a directory.", "give the directory of a checkpoint, or a Hub id.")
     try:
+        if not is_offline_mode():
+            # asked here, because snapshot_download answers from its cache when the Hub refuses or cannot be reached
+            revision = HfApi(token=token).model_info(repo_id, revision=revision).sha
         return Path(snapshot_download(repo_id, revision=revision, token=token))
     except (HTTPError, HFValidationError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

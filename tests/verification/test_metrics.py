@@ -11,6 +11,7 @@ import torch
 
 import hf_quant
 from hf_quant.checkpoint import RESULTS_FILE
+from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.evaluation import EvaluationResult
 from hf_quant.verification import Report
 from hf_quant.verification.metrics import compare
@@ -51,8 +52,10 @@ def test_a_text_that_is_not_there_or_another_one(
 
 
 def test_the_reference_has_to_be_known(checkpoint: Path) -> None:
-    report = hf_quant.verify(checkpoint, metrics=True, progress=False)
-    assert not report.ok and report.problems[-1].check == "metrics"
+    with pytest.raises(CheckpointError, match=r"only the name of its base model.*--reference"):
+        hf_quant.verify(checkpoint, metrics=True, progress=False)
+    with pytest.raises(ConfigError, match="add --metrics"):
+        hf_quant.verify(checkpoint, tasks=True, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,29 @@ def test_a_figure_outside_of_its_interval_is_named(
     inner[path[-1]] = value
     lied = EvaluationResult.model_validate(plain)
     assert [finding.subject for finding in compare(lied, honest)[1] if finding.fatal] == [named]
+
+
+@pytest.mark.parametrize(
+    ("forge", "said"),
+    [
+        (lambda v, low, high: (v / 2, low, high), "does not hold the recorded"),  # a value outside of its own interval
+        (
+            lambda v, low, high: (v / 2, v / 4, high),
+            "does not hold the recorded",
+        ),  # the interval is stretched to hold it
+        (lambda v, low, high: (v, v - (v - low) / 50, v + (high - v) / 50), "interval is another one"),  # too sure
+        (lambda v, low, high: (v, low - 3 * (high - low), high), "interval is another one"),  # too modest
+    ],
+)
+def test_a_forged_figure_is_named_even_where_its_interval_holds_the_truth(
+    published: Path, forge: Callable[[float, float, float], tuple[float, float, float]], said: str
+) -> None:
+    honest = EvaluationResult.read(published / RESULTS_FILE)
+    plain = honest.model_dump()
+    kl = plain["texts"][0]["kl"]
+    kl["value"], kl["low"], kl["high"] = forge(kl["value"], kl["low"], kl["high"])
+    (found,) = [f for f in compare(EvaluationResult.model_validate(plain), honest)[1] if f.fatal]
+    assert found.subject == "texts.fox.kl" and said in found.problem
 
 
 def test_a_figure_inside_of_its_interval_reproduces(published: Path) -> None:

@@ -232,5 +232,5 @@ def test_the_command_line_says_it_in_its_exit_code(checkpoint: Path, tiny_llama:
     told = json.loads(bad.stdout)
     assert bad.exit_code == 1 and told["ok"] is False and told["findings"][0]["subject"] == "tokenizer.json"
     shown = runner.invoke(app, ["verify", str(checkpoint)])
-    assert "NOT verified: 1 findings" in shown.output and "fix" in shown.output
+    assert "NOT verified: 1 finding" in shown.output and "fix" in shown.output
     assert runner.invoke(app, ["verify", str(tiny_llama)]).exit_code == 2
