@@ -227,5 +227,5 @@ TARGETS: dict[str, Callable[[PreTrainedModel], tuple[str, tuple[str, ...]]]] = {
     name: _to_stock(name) for name in (compressed_tensors.NAME, gptq.V1.NAME, awq.NAME, bitsandbytes.NAME)
 }
 # files of other runtimes, each written by hf_quant.export.<name>_file.write, some with the extra of that name
-EXPORTS = (gguf.NAME, "modelopt", "onnx", "openvino")
+EXPORTS = ("executorch", gguf.NAME, "modelopt", "onnx", "openvino")
 NAMES = (*TARGETS, *EXPORTS)

