@@ -56,6 +56,7 @@ QUESTIONS = (
 )
 _BATCHING = ("--continuous-batching", "--cb-num-blocks", "64")
 _VLLM = ("--dtype", "bfloat16", "--max-model-len", "2048")
+_PLAIN = {"repeat_penalty": 1.0}  # llama-cpp-python's server makes tokens that were there before less likely
 _KEYS_IN_FLOAT32 = ("--type_k", "0", "--type_v", "0")
 _HEAD = (
     "| server | computes in | answers of `generate` in that dtype | in float32 | largest gap where they part | "
@@ -76,6 +77,7 @@ class Server:
         file: what is served: the checkpoint itself, its ``gguf`` file, or one with the weights ``expanded``.
         exact: whether other answers than those of ``generate`` are an error.
         variables: of the environment that the server gets besides.
+        extra: fields of its own that requests need.
     """
 
     label: str
@@ -85,6 +87,7 @@ class Server:
     file: str = "checkpoint"
     exact: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _dtype(name: str) -> tuple[str, ...]:
@@ -101,8 +104,16 @@ SERVERS = (
     Server("transformers serve, continuous batching", "transformers", "bfloat16", (*_BATCHING, *_dtype("bfloat16"))),
     Server("vLLM, a core for its front end", "vllm", "bfloat16", _VLLM),
     Server("vLLM, all cores", "vllm", "bfloat16", _VLLM, variables={"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}),
-    Server("llama-cpp-python, GGUF", "llama-cpp", "float32", file="gguf"),
-    Server("llama-cpp-python, weights expanded", "llama-cpp", "float32", _KEYS_IN_FLOAT32, "expanded", exact=True),
+    Server("llama-cpp-python, GGUF", "llama-cpp", "float32", file="gguf", extra=_PLAIN),
+    Server(
+        "llama-cpp-python, weights expanded",
+        "llama-cpp",
+        "float32",
+        _KEYS_IN_FLOAT32,
+        "expanded",
+        exact=True,
+        extra=_PLAIN,
+    ),
 )
 PACKAGES = {"vllm": ("vllm", VLLM), "llama-cpp": ("llama-cpp-server", LLAMA_CPP.replace("==", "[server]==", 1))}
 
@@ -192,11 +203,11 @@ def measure(
         serving(server.recipe, model, server.options, python, server.variables) as address,
     ):
         ask(address, model, WARM_UP, 8)
-        alone = [ask(address, model, question, options.tokens) for question in QUESTIONS]
+        alone = [ask(address, model, question, options.tokens, server.extra) for question in QUESTIONS]
         rounds = []
         for _ in range(options.repeats):
             started = time.perf_counter()
-            answers = ask_together(address, model, QUESTIONS[: options.chats], options.tokens)
+            answers = ask_together(address, model, QUESTIONS[: options.chats], options.tokens, server.extra)
             rounds.append((time.perf_counter() - started, answers))
     together = [answer for _, answers in rounds for answer in answers]
     count = expected.tokenizer
