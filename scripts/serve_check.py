@@ -19,12 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +55,8 @@ QUESTIONS = (
     "What colour is the sky?",
 )
 _BATCHING = ("--continuous-batching", "--cb-num-blocks", "64")
+_VLLM = ("--dtype", "bfloat16", "--max-model-len", "2048")
+_PLAIN = {"repeat_penalty": 1.0}  # llama-cpp-python's server makes tokens that were there before less likely
 _KEYS_IN_FLOAT32 = ("--type_k", "0", "--type_v", "0")
 _HEAD = (
     "| server | computes in | answers of `generate` in that dtype | in float32 | largest gap where they part | "
@@ -73,6 +76,8 @@ class Server:
         options: of the recipe.
         file: what is served: the checkpoint itself, its ``gguf`` file, or one with the weights ``expanded``.
         exact: whether other answers than those of ``generate`` are an error.
+        variables: of the environment that the server gets besides.
+        extra: fields of its own that requests need.
     """
 
     label: str
@@ -81,6 +86,8 @@ class Server:
     options: tuple[str, ...] = ()
     file: str = "checkpoint"
     exact: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _dtype(name: str) -> tuple[str, ...]:
@@ -95,9 +102,18 @@ SERVERS = (
     Server("transformers serve", "transformers", "float32", _dtype("float32"), exact=True),
     Server("transformers serve", "transformers", "bfloat16", _dtype("bfloat16")),
     Server("transformers serve, continuous batching", "transformers", "bfloat16", (*_BATCHING, *_dtype("bfloat16"))),
-    Server("vLLM", "vllm", "bfloat16", ("--dtype", "bfloat16", "--max-model-len", "2048")),
-    Server("llama-cpp-python, GGUF", "llama-cpp", "float32", file="gguf"),
-    Server("llama-cpp-python, weights expanded", "llama-cpp", "float32", _KEYS_IN_FLOAT32, "expanded", exact=True),
+    Server("vLLM, a core for its front end", "vllm", "bfloat16", _VLLM),
+    Server("vLLM, all cores", "vllm", "bfloat16", _VLLM, variables={"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}),
+    Server("llama-cpp-python, GGUF", "llama-cpp", "float32", file="gguf", extra=_PLAIN),
+    Server(
+        "llama-cpp-python, weights expanded",
+        "llama-cpp",
+        "float32",
+        _KEYS_IN_FLOAT32,
+        "expanded",
+        exact=True,
+        extra=_PLAIN,
+    ),
 )
 PACKAGES = {"vllm": ("vllm", VLLM), "llama-cpp": ("llama-cpp-server", LLAMA_CPP.replace("==", "[server]==", 1))}
 
@@ -158,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--fill", type=Path, help="put the table between the marks of this file")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server is not left behind
     directory = options.directory.resolve()
     pythons = dict(given.split("=", 1) for given in options.python)
     protocol = {"model": label_of(directory), "chats": options.chats, "tokens": options.tokens}
@@ -181,13 +198,16 @@ def measure(
 ) -> dict[str, Any]:
     """Start the server, ask it, and compare what it says."""
     python = pythons.get(server.recipe) or _environment(server.recipe, options.envs)
-    with served(server, directory) as model, serving(server.recipe, model, server.options, python) as address:
+    with (
+        served(server, directory) as model,
+        serving(server.recipe, model, server.options, python, server.variables) as address,
+    ):
         ask(address, model, WARM_UP, 8)
-        alone = [ask(address, model, question, options.tokens) for question in QUESTIONS]
+        alone = [ask(address, model, question, options.tokens, server.extra) for question in QUESTIONS]
         rounds = []
         for _ in range(options.repeats):
             started = time.perf_counter()
-            answers = ask_together(address, model, QUESTIONS[: options.chats], options.tokens)
+            answers = ask_together(address, model, QUESTIONS[: options.chats], options.tokens, server.extra)
             rounds.append((time.perf_counter() - started, answers))
     together = [answer for _, answers in rounds for answer in answers]
     count = expected.tokenizer

@@ -98,8 +98,8 @@ def _is_well(address: str) -> bool:
         return False
 
 
-def ask(address: str, model: str, question: str, tokens: int) -> Answer:
-    """One chat, streamed, with the likeliest token every time."""
+def ask(address: str, model: str, question: str, tokens: int, extra: Mapping[str, Any] | None = None) -> Answer:
+    """One chat, streamed, with the likeliest token every time; ``extra`` fields of the request are the server's own."""
     from openai import OpenAI
 
     text, pieces, count, finish, first = "", 0, None, None, None
@@ -112,6 +112,7 @@ def ask(address: str, model: str, question: str, tokens: int) -> Answer:
             temperature=0.0,
             stream=True,
             stream_options={"include_usage": True},
+            extra_body=extra,
         )
         for chunk in stream:
             count = chunk.usage.completion_tokens if chunk.usage else count
@@ -125,7 +126,9 @@ def ask(address: str, model: str, question: str, tokens: int) -> Answer:
     return Answer(text, pieces, count, finish, (first or ended) - started, ended - started)
 
 
-def ask_together(address: str, model: str, questions: Sequence[str], tokens: int) -> list[Answer]:
+def ask_together(
+    address: str, model: str, questions: Sequence[str], tokens: int, extra: Mapping[str, Any] | None = None
+) -> list[Answer]:
     """All chats at the same time."""
     with ThreadPoolExecutor(len(questions)) as pool:
-        return list(pool.map(lambda question: ask(address, model, question, tokens), questions))
+        return list(pool.map(lambda question: ask(address, model, question, tokens, extra), questions))

@@ -32,6 +32,8 @@ __all__ = ["FusedForward", "FusedReport", "describe_fused", "enabled", "fuse", "
 MAX_ROWS = 64
 CHUNK = 512  # tokens (times rows) of one native call; more would only take more memory
 _QUIET = frozenset(("use_cache", "return_dict", "output_attentions", "output_hidden_states"))
+# What generate is given for itself and hands on to every forward; transformers' server always gives the tokenizer.
+_UNREAD = frozenset(("tokenizer", "assistant_tokenizer"))
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def _calm(decoder: Any, others: dict[str, Any]) -> bool:
         return False
     for name, value in others.items():
         if name not in _QUIET:
-            if value is not None:
+            if value is not None and name not in _UNREAD:
                 return False
         elif name != "use_cache" and value is not None and bool(value) != (name == "return_dict"):
             return False

@@ -70,12 +70,12 @@ def test_continuous_batching_generates_what_generate_does(tiny_model, overrides)
 @pytest.mark.slow
 def test_a_client_streams_from_chats_at_once(tiny_llama, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.delitem(sys.modules, "serve_check", raising=False)
-    from serve_check import QUESTIONS, ask, ask_together, serving
+    from serve_check import QUESTIONS
+    from serve_client import ask, ask_together, serving
 
     out = tmp_path / "out"
     hf_quant.quantize(tiny_llama, HfQuantConfig(group_size=32, overrides={"embed_tokens": {}}), out)
-    with serving(out, ["--continuous-batching", "--cb-num-blocks", "16"]) as address:
+    with serving("hf-quant", out, ["--continuous-batching", "--cb-num-blocks", "16"]) as address:
         alone = [ask(address, str(out), question, 6) for question in QUESTIONS[:2]]
         together = ask_together(address, str(out), QUESTIONS[:2] * 4, 6)
     assert [answer.text for answer in together] == [answer.text for answer in alone] * 4

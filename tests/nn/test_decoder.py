@@ -145,6 +145,16 @@ def test_every_way_to_generate(llama: PreTrainedModel, options: dict[str, Any]) 
     assert torch.equal(found, expected)
 
 
+def test_a_tokenizer_given_to_generate_changes_nothing(
+    llama: PreTrainedModel, native: _Counter, tiny_tokenizer: Any
+) -> None:
+    # generate hands it on to every forward, and transformers' server always gives it
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    found = llama.generate(IDS, tokenizer=tiny_tokenizer, **options)
+    assert native.calls == 6
+    assert torch.equal(found, llama.generate(IDS, **options))
+
+
 def test_static_cache_runs_natively(llama: PreTrainedModel, native: _Counter) -> None:
     def run() -> tuple[torch.Tensor, int]:
         cache = StaticCache(config=llama.config, max_cache_len=12)
