@@ -176,7 +176,7 @@ def render(
         "recipe": recipe_yaml(provenance["recipe"]),
         "quantize_command": quantize_command(provenance, checkpoint),
         "vllm": kind.answers_text and vllm_reads(facts),
-        "limits": limits(facts),
+        "limits": limits(facts, kind.writes_text or kind.measure is None),
         "depth": depth_section(results, drawn) if results is not None else "",
         "tasks": task_section(results.tasks, drawn.get("tasks")) if results is not None else "",
     }

@@ -21,6 +21,7 @@ from hf_quant.plot_frame import (
     plain_label,
 )
 from hf_quant.plots_depth import draw_depth
+from hf_quant.plots_samples import draw_samples
 from hf_quant.plots_tasks import draw_tasks
 from hf_quant.quantize.allocate import Allocation
 
@@ -41,6 +42,8 @@ def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plo
     if results is not None and results.texts:
         plots.append(_divergence(results.texts))
         plots += draw_depth(results)
+    if results is not None and (samples := draw_samples(results.samples)) is not None:
+        plots.append(samples)
     if rows and all(row.stored_bytes is not None for row in rows):
         plots.append(_bytes_by_kind(rows))
         if (blocks := _blocks(rows)) is not None:

@@ -53,11 +53,9 @@ def load_part(part: Part, place: str | Path, trust_remote_code: bool = False) ->
         ) from error
 
 
-def needs_torchvision(model_type: str) -> bool:
-    """Whether AutoProcessor loads the processor of a kind of model only beside torchvision: those that read videos."""
-    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
-
-    return model_type in VIDEO_PROCESSOR_MAPPING_NAMES
+def reads_videos(model_type: str) -> bool:
+    """Whether a kind of model has a processor with a part for videos, which AutoProcessor loads beside torchvision."""
+    return "video_processor" in getattr(_processor_class(model_type), "get_attributes", list)()
 
 
 def image_prompt(processor: Any, question: str) -> str:
@@ -104,17 +102,27 @@ def _torchvision_problem() -> str | None:
 
 def _without_videos(place: str | Path) -> Any:
     """The processor of a model's class, less its part for videos; None where it has none, or does not load so."""
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
     try:
-        model_type = AutoConfig.from_pretrained(str(place), trust_remote_code=False).model_type
-        kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
-        if "video_processor" not in kind.get_attributes():
+        kind = _processor_class(AutoConfig.from_pretrained(str(place), trust_remote_code=False).model_type)
+        attributes = [] if kind is None else list(kind.get_attributes())
+        if "video_processor" not in attributes:
             return None
-        attributes = [name for name in kind.get_attributes() if name != "video_processor"]
+        attributes.remove("video_processor")
         # transformers asks the class for what it is made of, and loads and checks those parts only
         seeing: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: list(attributes))})
         return seeing.from_pretrained(str(place), trust_remote_code=False)
     except LOADING_ERRORS as error:
         logger.debug("%s has no processor without videos: %s", place, error)
+        return None
+
+
+def _processor_class(model_type: str) -> Any:
+    """The class of a kind of model's processor; None where transformers has none, or cannot import it."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    try:
+        return None if not name else getattr(transformers, name)
+    except LOADING_ERRORS as error:
+        logger.debug("the processor of %s: %s", model_type, error)
         return None

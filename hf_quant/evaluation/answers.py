@@ -17,6 +17,9 @@ from hf_quant.evaluation.encoders import logit_score
 from hf_quant.evaluation.examination import AGREEMENT, KL, Case, Examination, FigureOf, Score, placed, ratio
 
 ANSWER_TOKENS = 64
+_LANGUAGES = (
+    "both models are given the language that the float model detects in a clip, and the task of transcribing it"
+)
 _WORDS = FigureOf("word_error", "word error of greedy answers", "share", ratio)
 _TOKENS = FigureOf("token_error", "token error of greedy answers", "share", ratio)
 _SAME = FigureOf("same_answer", "same greedy answer", "share")
@@ -96,6 +99,8 @@ class Answers(Examination):
         languages = getattr(settings, "lang_to_id", None)
         if not languages or not hasattr(reference, "detect_language"):
             return [self.start]
+        if _LANGUAGES not in self.notes:
+            self.notes = (*self.notes, _LANGUAGES)
         features = placed(inputs, reference)[reference.main_input_name]
         spoken = int(reference.detect_language(features, generation_config=settings)[0])
         tasks = getattr(settings, "task_to_id", None) or {}

@@ -353,11 +353,11 @@ class _Walk:
         return enter
 
     def _scout(self) -> None:
-        """Run one batch through the first block of every kind, to learn which layers add to a residual stream."""
+        """Run the batch of most inputs through one block of each kind: which layers add to a residual stream?"""
         unseen = {block.kind for block in self.blocks}
-        # text alone, say, would not show how the blocks for images are wired
         scout = self._stream(max(range(len(self.data.batches)), key=lambda i: len(self.data.batches[i])), learn=True)
-        assert (trace := scout._trace) is not None
+        trace = scout._trace
+        assert trace is not None
         self._advance(scout, None)
         kinds = {block.name: block.kind for block in self.blocks}
         first: dict[str, Block] = {}
