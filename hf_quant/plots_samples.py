@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_quant.card_text import listing, one_line, significant
+from hf_quant.card_text import listing, one_line, value_only
 from hf_quant.evaluation.results import Figure, Interval, SampleResult
 from hf_quant.plot_frame import FLOAT, INK, PALETTE, QUANTIZED, Plot, dress, finished, new_figure, plain_label
 
@@ -16,6 +16,8 @@ _MOST_SETS = 8  # sets of samples; more are in the table
 # unit -> (what a number is multiplied by, what stands behind it, what the axis says)
 _UNITS = {"share": (100.0, " %", ""), "percent": (1.0, " %", ""), "nats": (1.0, "", ", nats"), "number": (1.0, "", "")}
 _SMALL_IS_GOOD = ("kl", "embedding_distance", "text_distance", "state_error")
+
+_AT_MOST = {"top1_agreement": 100, "neighbour_agreement": 100, "same_answer": 100, "rank_correlation": 1}
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ def draw_samples(samples: Sequence[SampleResult]) -> Plot | None:
     for text in legend.get_texts():
         text.set_parse_math(False)
     said = [f"{_told(found.figures[0])} on {one_line(found.name)}" for found in shown]
+    headed = one_line(shown[0].figures[0].title)
     left_out = f"; {len(samples) - len(shown)} more sets are in the table" if len(samples) > len(shown) else ""
     return finished(
-        figure, NAME, f"{one_line(shown[0].figures[0].title)}: {listing(said)}{left_out}; bars are 95 % intervals"
+        figure, NAME, f"{headed[:1].upper()}{headed[1:]}: {listing(said)}{left_out}; bars are 95 % intervals"
     )
 
 
@@ -78,7 +81,8 @@ def _panel(axes: Any, name: str, title: str, members: Sequence[SampleResult]) ->
     """Draw one figure of every set of samples; returns what the legend names."""
     dress(axes, "x")
     figures = [found.figure(name) for found in members]
-    factor, unit, axis = _UNITS[figures[0].unit if figures[0] is not None else "number"]
+    unit = figures[0].unit if figures[0] is not None else "number"
+    factor, _, axis = _UNITS[unit]
     handles: dict[str, Any] = {}
     reach: list[float] = []
     for row, (found, figure) in enumerate(zip(members, figures, strict=True)):
@@ -93,8 +97,10 @@ def _panel(axes: Any, name: str, title: str, members: Sequence[SampleResult]) ->
     labels = [plain_label(found.name, f"samples {i + 1}") for i, found in enumerate(members)]
     axes.set_yticks(range(len(members)), labels, parse_math=False)
     axes.set_ylim(len(members) - 0.4, -0.6)
-    axes.set_title(plain_label(title, name) + axis, fontsize=9, loc="left", color=INK, parse_math=False)
-    _scale(axes, reach, name, unit)
+    axes.set_title(
+        plain_label(title[:1].upper() + title[1:], name) + axis, fontsize=9, loc="left", color=INK, parse_math=False
+    )
+    _scale(axes, reach, name, _UNITS[unit][1])
     return handles
 
 
@@ -111,7 +117,7 @@ def _draw(axes: Any, height: float, mark: _Mark, value: Interval, factor: float,
         linewidth=1.5,
     )
     axes.annotate(
-        f"{_number(middle)}{unit}",
+        _number(value, factor, unit),
         (max(middle, high), height),
         xytext=(6, 0),
         textcoords="offset points",
@@ -136,16 +142,17 @@ def _scale(axes: Any, reach: Sequence[float], name: str, unit: str) -> None:
         low = min(low, 0.0)
     spread = max(high - low, 0.1 * abs(high), 1e-12)  # equal values stand at the right of an axis of some width
     axes.set_xlim(high - 1.05 * spread, high + 0.35 * spread)
-    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}{unit}")
     axes.locator_params(axis="x", nbins=5)
+    if name in _AT_MOST:
+        axes.set_xticks([tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= _AT_MOST[name]])
+    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}{unit}")
 
 
-def _number(value: float) -> str:
-    """Three digits; more where they would say 1 or 100 of something that is less."""
-    rounded = significant(value)
-    return f"{value:.4g}" if value not in (1, 100) and float(rounded.replace(",", "")) in (1, 100) else rounded
+def _number(value: Interval, factor: float, unit: str) -> str:
+    """As in the card's table: as many digits as the interval allows."""
+    scaled = Interval(value=factor * value.value, low=factor * value.low, high=factor * value.high)
+    return f"{value_only(scaled, sign=unit == 'percent')}{_UNITS[unit][1]}"
 
 
 def _told(figure: Figure) -> str:
-    factor, unit, _ = _UNITS[figure.unit]
-    return f"{_number(factor * figure.value.value)}{unit}{' nats' if figure.unit == 'nats' else ''}"
+    return f"{_number(figure.value, _UNITS[figure.unit][0], figure.unit)}{' nats' if figure.unit == 'nats' else ''}"
