@@ -54,8 +54,12 @@ def draw_samples(samples: Sequence[SampleResult]) -> Plot | None:
     across = min(_ACROSS, len(panels))
     grid = figure.subplots(down, across, squeeze=False)
     marks: dict[str, Any] = {}
-    for place, ((name, title), members) in zip(grid.flat, panels.items(), strict=False):
+    left: Sequence[SampleResult] = ()
+    for i, (place, ((name, title), members)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
         marks |= _panel(place, name, title, members)
+        if i % across and left == members:  # the panel beside it names the same rows
+            place.set_yticks(place.get_yticks(), [""] * len(members))
+        left = members
     for place in list(grid.flat)[len(panels) :]:
         place.remove()
     legend = figure.legend(
