@@ -26,6 +26,7 @@ from hf_quant.plots_tasks import draw_tasks
 from hf_quant.quantize.allocate import Allocation
 
 _KINDS = {"Linear": "linear layers", "Conv1D": "linear layers", "Embedding": "embeddings", "Norm": "norms and biases"}
+_KINDS |= {f"Conv{dimensions}d": "convolutions" for dimensions in (1, 2, 3)}
 
 
 def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plot]:

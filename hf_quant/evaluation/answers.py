@@ -17,9 +17,7 @@ from hf_quant.evaluation.encoders import logit_score
 from hf_quant.evaluation.examination import AGREEMENT, KL, Case, Examination, FigureOf, Score, placed, ratio
 
 ANSWER_TOKENS = 64
-_LANGUAGES = (
-    "both models are given the language that the float model detects in a clip, and the task of transcribing it"
-)
+_LANGUAGES = "both models are told the language that the float model detects in a clip, and to transcribe it"
 _WORDS = FigureOf("word_error", "word error of greedy answers", "share", ratio)
 _TOKENS = FigureOf("token_error", "token error of greedy answers", "share", ratio)
 _SAME = FigureOf("same_answer", "same greedy answer", "share")
