@@ -151,11 +151,14 @@ class _Measurement:
 
     def reference(self, model: Any, held_out: CalibrationData) -> None:
         """Run the float model on the held-out samples."""
-        rows = [row for batch in held_out.batches for row in batch.get("input_ids", ())]
+        texts = [batch for batch in held_out.batches if "pixel_values" not in batch]
+        rows = [row for batch in texts for row in batch.get("input_ids", ())]
         longest = max((len(row) for row in rows), default=0)
         ids = torch.stack([row for row in rows if len(row) == longest]) if rows else torch.empty(0, 0)
         if longest < 2:
-            raise BudgetError("a budget of accuracy needs text to measure on.", "give a budget of bits or bytes.")
+            raise BudgetError(
+                "a budget of accuracy needs text to measure on.", "join a text, or give a budget of bits or bytes."
+            )
         self._reference = run_reference(LogitStream(model, "the float model"), ids)
 
     def forget(self) -> None:

@@ -190,7 +190,10 @@ def render(
         "recipe": recipe_yaml(provenance["recipe"]),
         "quantize_command": quantize_command(provenance, checkpoint),
         "vllm": kind.answers_text and not export and vllm_reads(facts),
-        "limits": [*(export.limits() if export else ()), *limits(facts)],
+        "limits": [
+            *(export.limits() if export else ()),
+            *limits(facts, kind.writes_text or kind.measure is None),
+        ],
         "depth": depth_section(results, drawn) if results is not None else "",
         "tasks": task_section(results.tasks, drawn.get("tasks")) if results is not None else "",
     }

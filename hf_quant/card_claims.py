@@ -166,8 +166,13 @@ def vllm_reads(facts: Facts) -> bool:
     return all(row.rule == "default skip" for row in facts.rows if row.kind == "Linear" and not row.is_quantized)
 
 
-def limits(facts: Facts) -> list[str]:
-    """What the reader must not conclude, as Markdown sentences."""
+def limits(facts: Facts, generates: bool) -> list[str]:
+    """What the reader must not conclude, as Markdown sentences.
+
+    Args:
+        facts: of the checkpoint.
+        generates: it writes text, and so has a cache.
+    """
     found = []
     results = facts.results
     if results is None:
@@ -196,7 +201,8 @@ def limits(facts: Facts) -> list[str]:
         found.append("Speed and memory hold for the machine, threads and kernels named above and for no other.")
     elif results is not None:
         found.append("Speed was not measured.")
-    found.append("Only weights are quantized. Activations and the KV cache keep the dtype of the loaded model.")
+    kept = "Activations and the KV cache keep" if generates else "Activations keep"
+    found.append(f"Only weights are quantized. {kept} the dtype of the loaded model.")
     if facts.is_compressed_tensors:
         found.append(
             "Stock transformers expands compressed-tensors weights to the model's dtype at load or in the first "

@@ -32,8 +32,9 @@ def section(results: EvaluationResult | None) -> str:
         lines += ["", *[f"{markdown(note[:1].upper() + note[1:])}." for note in _notes(members)], ""]
     if lines:
         assert results is not None
+        nats = any(figure.unit == "nats" for samples in results.samples for figure in samples.figures)
         lines += [
-            "KL is in nats. Brackets are 95 % confidence intervals (bootstrap over samples, "
+            f"{'KL is in nats. ' if nats else ''}Brackets are 95 % confidence intervals (bootstrap over samples, "
             f"{results.protocol.bootstrap_samples} resamples). The noise floor is the float model in another float "
             "dtype against itself: a difference below it means nothing.",
             "",

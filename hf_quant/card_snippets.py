@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hf_quant.calibration.processors import reads_videos
 from hf_quant.card_facts import CheckpointFacts, Facts, copy_name, shown_base
 from hf_quant.card_text import literal, one_line, without_paths
 from hf_quant.card_usage import Usage, usage_of
@@ -54,8 +55,11 @@ class Snippet:
         package = "gptqmodel optimum"  # GPTQ and AWQ, which `hf-quant convert` writes
         if self.facts.is_bitsandbytes or self.facts.is_compressed_tensors:
             package = "bitsandbytes" if self.facts.is_bitsandbytes else "compressed-tensors"
-        more = f" {self.usage.packages}" if self.usage is not None and self.usage.packages else ""
-        object.__setattr__(self, "packages", f"torch transformers accelerate {package}{more}")
+        usage = self.usage
+        more = f" {usage.packages}" if usage is not None and usage.packages else ""
+        videos = usage is not None and usage.reader == "AutoProcessor" and reads_videos(self.checkpoint.model_type)
+        vision = " torchvision" if videos else ""
+        object.__setattr__(self, "packages", f"torch{vision} transformers accelerate {package}{more}")
 
     @property
     def marker(self) -> str:
@@ -80,7 +84,7 @@ class Snippet:
         It expands compressed-tensors weights in the model's own first forward pass; to generate, an encoder-decoder or
         a model of images calls a part of itself before that.
         """
-        answers = self.kind.measure in ("speech", "text-to-text", "image-text")
+        answers = self.kind.writes_text and self.kind.measure != "causal"
         return self.facts.needs_dequantize or (answers and self.facts.is_compressed_tensors)
 
     @property

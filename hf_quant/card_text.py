@@ -102,6 +102,8 @@ def _decimals(interval: Interval) -> int:
     """Decimals that show one or two digits of the interval's half width, and one more where the value would otherwise
     have less than three digits; without an interval, three digits of the value."""
     width = (interval.high - interval.low) / 2
+    if not any((interval.value, interval.low, interval.high)):
+        return 0
     if not math.isfinite(width) or width <= 0:
         width = abs(interval.value) / 30 or 0.01
     told = -math.floor(math.log10(width / 3))
@@ -183,8 +185,10 @@ def _layer_row(row: Mapping[str, Any]) -> LayerRow:
 
 
 def layer_rows(rows: Iterable[Mapping[str, Any]], tensors: Mapping[str, int] | None = None) -> list[LayerRow]:
-    """Plan rows joined with the bytes of the checkpoint's tensors (name -> bytes); a tensor belongs to the longest row
-    name that it starts with."""
+    """Plan rows joined with the bytes of the checkpoint's tensors (name -> bytes).
+
+    A tensor belongs to the longest row name that it starts with; where the files use other names, see below.
+    """
     parsed = [_layer_row(row) for row in rows]
     if tensors is None:
         return parsed
@@ -196,7 +200,11 @@ def layer_rows(rows: Iterable[Mapping[str, Any]], tensors: Mapping[str, int] | N
             owner = owner.rpartition(".")[0]
         stored[owner] += nbytes
     if any(row.is_quantized and not stored[row.name] for row in parsed):
-        return parsed  # the files use other names than the modules: the plan's bytes are all that can be told per layer
+        # The files use other names than the modules. If they hold to the byte what was planned, so does every layer;
+        # else the plan's bytes are all that can be told.
+        if sum(tensors.values()) != sum(row.planned_bytes for row in parsed):
+            return parsed
+        stored.update({row.name: row.planned_bytes for row in parsed})
     return [LayerRow(**{**row.__dict__, "stored_bytes": stored[row.name]}) for row in parsed]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from hf_quant.card_text import one_line
 from hf_quant.errors import DependencyError
@@ -63,6 +63,18 @@ def new_figure(height: float) -> tuple[Any, Any]:
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     return figure, axes
+
+
+def dress(axes: Any, grid: Literal["x", "y"]) -> None:
+    """Dress one of several axes of a figure as :func:`new_figure` does a single one, with lines across ``grid``."""
+    axes.set_facecolor("none")
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9, length=0, which="both")
+    axes.grid(axis=grid, color=FAINT, linewidth=0.8)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def add_legend(axes: Any, columns: int) -> None:

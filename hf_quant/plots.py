@@ -22,10 +22,12 @@ from hf_quant.plot_frame import (
     plain_label,
 )
 from hf_quant.plots_depth import draw_depth
+from hf_quant.plots_samples import draw_samples
 from hf_quant.plots_tasks import draw_tasks
 from hf_quant.quantize.allocate import Allocation
 
 _KINDS = {"Linear": "linear layers", "Conv1D": "linear layers", "Embedding": "embeddings", "Norm": "norms and biases"}
+_KINDS |= {f"Conv{dimensions}d": "convolutions" for dimensions in (1, 2, 3)}
 
 
 def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plot]:
@@ -42,6 +44,8 @@ def draw(results: EvaluationResult | None, rows: Sequence[LayerRow]) -> list[Plo
     if results is not None and results.texts:
         plots.append(_divergence(results.texts))
         plots += draw_depth(results)
+    if results is not None and (samples := draw_samples(results.samples)) is not None:
+        plots.append(samples)
     if rows and all(row.stored_bytes is not None for row in rows):
         plots.append(_bytes_by_kind(rows))
         if (blocks := _blocks(rows)) is not None:
@@ -245,11 +249,22 @@ def _bytes_by_block(names: list[str], blocks: list[dict[str, int]], before: list
     axes.set_xlim(-0.8, len(names) - 0.2)
     axes.set_ylim(0, max(*base, *before) * 1.05 or 1)
     axes.yaxis.set_major_formatter(byte_tick)
-    axes.set_xlabel("block of " + plain_label(", ".join(prefixes), "the model"), fontsize=9, parse_math=False)
+    axes.set_xlabel(f"block of {_listed(prefixes)}", fontsize=9, parse_math=False)
+    for start in [i for i in range(1, len(names)) if int(names[i]) <= int(names[i - 1])]:  # the next list of blocks
+        axes.axvline(start - 0.5, color=FLOAT, linewidth=1.2, linestyle=":")
     axes.set_ylabel("bytes", fontsize=9)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     add_legend(axes, 3)
     spread = list(dict.fromkeys((amount(min(base)), amount(max(base)))))
-    return finished(
-        figure, "blocks", f"Bytes stored per block: {' to '.join(spread)}, of {amount(max(before))} in float"
-    )
+    of = " to ".join(dict.fromkeys((amount(min(before)), amount(max(before)))))
+    return finished(figure, "blocks", f"Bytes stored per block: {' to '.join(spread)}, of {of} in float")
+
+
+def _listed(prefixes: Sequence[str]) -> str:
+    """The lists of blocks from left to right, without the names that all of them are in."""
+    parts = [prefix.split(".") for prefix in prefixes]
+    shared = 0
+    while len(parts) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    said = [plain_label(".".join(part[shared:]), f"list {i + 1}") for i, part in enumerate(parts)]
+    return (" | " if sum(map(len, said)) <= 80 else " |\n").join(said)

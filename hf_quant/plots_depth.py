@@ -8,7 +8,7 @@ from typing import Any
 from hf_quant.card_text import significant
 from hf_quant.evaluation.depth_results import LayerDepth, LayerError, Slice
 from hf_quant.evaluation.results import EvaluationResult
-from hf_quant.plot_frame import FAINT, FLOAT, INK, PALETTE, Plot, add_legend, finished, new_figure, plain_label
+from hf_quant.plot_frame import FAINT, FLOAT, INK, PALETTE, Plot, add_legend, dress, finished, new_figure, plain_label
 
 SLICES = "depth"
 LAYERS = "layers"
@@ -31,7 +31,7 @@ def _slices(results: EvaluationResult) -> Plot:
     left, right = figure.subplots(1, 2, sharey=True)
     told = []
     for side, title in ((left, "float model's top-1 probability"), (right, "tokens read in the window")):
-        _dress(side)
+        dress(side, "y")
         side.set_xlabel(title, fontsize=9)
         parts: list[tuple[str, Sequence[Slice]]] = []
         for i, text in enumerate(results.texts):
@@ -76,18 +76,6 @@ def _line(axes: Any, names: Sequence[str], slices: Sequence[Slice], color: str, 
     floors = [(spot, floor.value) for spot, floor in zip(spots, below, strict=True) if floor is not None]
     if floors and all(value > 0 for _, value in floors):
         axes.plot(*zip(*floors, strict=True), color=color, linewidth=1.2, linestyle=":", label=f"{label}, noise floor")
-
-
-def _dress(axes: Any) -> None:
-    """Axes of a figure with more than one of them, as :func:`new_figure` dresses a single one."""
-    axes.set_facecolor("none")
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9, length=0, which="both")
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def _layers(layers: LayerDepth) -> Plot:

@@ -31,7 +31,14 @@ TEXT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+SEEING_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 IMAGE_TOKEN = 302  # the tokenizer has 301 tokens of its own, then comes the mask
+SEEN = (303, 304, 305, 306)  # what Qwen2-VL puts for and around images
 
 
 def tokenizer_of(base: PreTrainedTokenizerFast, **changes: Any) -> PreTrainedTokenizerFast:
@@ -78,7 +85,10 @@ def _qwen2_vl() -> Any:
     text = {**TEXT, "num_key_value_heads": 2, "rope_parameters": rope}
     vision = {"embed_dim": 64, "hidden_size": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8}
     vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
-    settings = t.Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN)
+    tokens = dict(
+        zip(("image_token_id", "vision_start_token_id", "vision_end_token_id", "video_token_id"), SEEN, strict=True)
+    )
+    settings = t.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
     return t.Qwen2VLForConditionalGeneration(settings)
 
 
@@ -87,6 +97,22 @@ def _whisper() -> Any:
     return t.WhisperForConditionalGeneration(
         t.WhisperConfig(**settings, suppress_tokens=None, begin_suppress_tokens=None)
     )
+
+
+def _whisper_languages() -> Any:
+    """A multilingual one: its generation config names languages and tasks, as those on the Hub do."""
+    model = _whisper()
+    model.generation_config = t.GenerationConfig(
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        decoder_start_token_id=1,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": 303, "<|de|>": 304},
+        task_to_id={"translate": 305, "transcribe": 306},
+        no_timestamps_token_id=307,
+    )
+    return model
 
 
 def _wav2vec2() -> Any:
@@ -111,6 +137,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         t.BartConfig(**_halves(max_position_embeddings=256, decoder_start_token_id=2, forced_eos_token_id=None))
     ),
     "whisper": _whisper,
+    "whisper-languages": _whisper_languages,
     "wav2vec2": _wav2vec2,
     "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**TOWER, num_labels=7)),
     "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**TOWER)),
@@ -137,9 +164,12 @@ def save(name: str, directory: Path, base: PreTrainedTokenizerFast) -> Path:
 def _processor(name: str, base: PreTrainedTokenizerFast) -> Any:
     if name in TEXTUAL:
         return tokenizer_of(base)
-    if name == "whisper":
-        extractor = t.WhisperFeatureExtractor(feature_size=16, chunk_length=6)
-        return t.WhisperProcessor(extractor, _whisper_tokenizer(base))
+    if name.startswith("whisper"):
+        tokenizer = tokenizer_of(base)
+        if name == "whisper-languages":
+            names = ["<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
+            tokenizer.add_special_tokens({"additional_special_tokens": names})
+        return t.WhisperProcessor(t.WhisperFeatureExtractor(feature_size=16, chunk_length=6), tokenizer)
     if name == "wav2vec2":
         return t.Wav2Vec2FeatureExtractor()
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -160,6 +190,8 @@ def _processor(name: str, base: PreTrainedTokenizerFast) -> Any:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
+    if name == "qwen2_vl":
+        return _qwen2_vl_processor(tokenizer)
     if name == "llava":
         return t.LlavaProcessor(
             pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
@@ -167,5 +199,25 @@ def _processor(name: str, base: PreTrainedTokenizerFast) -> Any:
     raise ValueError(name)
 
 
-def _whisper_tokenizer(base: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    return tokenizer_of(base)
+class _Parts:
+    """Several things saved side by side, where transformers cannot join them without torchvision."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def save_pretrained(self, directory: Path) -> None:
+        """As a processor would."""
+        for part in self.parts:
+            part.save_pretrained(directory)
+
+
+def _qwen2_vl_processor(tokenizer: PreTrainedTokenizerFast) -> _Parts:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    names = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    tokenizer.chat_template = SEEING_TEMPLATE
+    pixels = Qwen2VLImageProcessorPil(
+        patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=256, max_pixels=1024
+    )
+    return _Parts(pixels, tokenizer)

@@ -645,6 +645,10 @@ def test_bytes_come_from_the_files_or_are_called_planned() -> None:
     assert "Float → stored" in read
     other_names = render(measured(), provenance(), rows, facts(tensors={"other": 5}), APACHE)
     assert "Float → planned" in other_names
+    # names that differ, with the plan's total to the byte: what was planned is what is stored
+    total = sum(row["planned_bytes"] for row in rows)
+    renamed = render(measured(), provenance(), rows, facts(tensors={"other": total - 7, "another": 7}), APACHE)
+    assert "Float → stored" in renamed
 
 
 def test_plots_of_names_without_glyphs_and_of_zero_divergence(checkpoint: Path) -> None:

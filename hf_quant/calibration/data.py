@@ -105,14 +105,16 @@ def batch_samples(batch: Mapping[str, Tensor]) -> int:
 def in_batches(samples: Sequence[Mapping[str, Tensor]], batch_size: int) -> list[dict[str, Tensor]]:
     """Join samples (one row each, ``[1, ...]``) of equal names and shapes, so that no batch needs padding.
 
-    The batches stand in the order of their first samples, so that a held-out tail is not all of one length.
+    A sample with a tensor that does not have one row (patches of an image, say) is a batch of its own. The batches
+    stand in the order of their first samples, so that a held-out tail is not all of one length.
     """
     open_batches: dict[tuple[object, ...], list[int]] = {}
     groups: list[list[int]] = []
     for index, sample in enumerate(samples):
         key = tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(sample.items()))
         group = open_batches.get(key)
-        if group is None or len(group) == batch_size:
+        alone = any(value.dim() == 0 or len(value) != 1 for value in sample.values())
+        if group is None or len(group) == batch_size or alone:
             group = open_batches[key] = []
             groups.append(group)
         group.append(index)

@@ -92,28 +92,35 @@ def sample_text(
 def sample_answers(
     sampler: PreTrainedModel, needs: Needs, inputs: Mapping[str, Tensor], length: int, seed: int, tokenizer: Any = None
 ) -> list[Tensor]:
-    """What an encoder-decoder answers to ``inputs`` (one row per sample) at temperature 1.
+    """What a model answers to ``inputs`` (one row per sample, or a single one) at temperature 1.
 
     Returns:
-        One int64 ``[t]`` per row, with ``2 <= t <= length``: the start token and the answer, up to its end token.
+        One int64 ``[t]`` per row: of an encoder-decoder with ``2 <= t <= length``, the start token and the answer, up
+        to its end token; of a decoder with ``1 <= t <= length``, the answer alone.
 
     Raises:
         CalibrationError: the logits are not numbers.
     """
     ends = _end_tokens(sampler, tokenizer)
-    rows = len(inputs[needs.main_input])
+    given = "input_ids" if needs.kind == "decoder" else needs.main_input
+    rows = len(inputs[given])
     plain = [Script(due=deque(), ends=frozenset()) for _ in range(rows)]
     director = _Director(plain, seed, _vocabulary(sampler, tokenizer), placeholders(sampler.config), None)
     placed = {name: value.to(sampler.device) for name, value in inputs.items()}
     for name, value in placed.items():
         if value.is_floating_point():
             placed[name] = value.to(sampler.dtype)
-    start = torch.full((rows, 1), needs.start_token, device=sampler.device)
-    ids = _generate(sampler, director, length, decoder_input_ids=start, **placed).cpu()
+    before = first = 0  # tokens of the prompt; where the answer may end
+    if needs.kind == "decoder":
+        before = first = inputs[given].shape[1]
+    else:
+        placed["decoder_input_ids"] = torch.full((rows, 1), needs.start_token, device=sampler.device)
+        first = 1
+    ids = _generate(sampler, director, before + length, **placed).cpu()
     answers = []
     for row in ids:
-        stops = [i for i, token in enumerate(row.tolist()) if i > 0 and token in ends]
-        answers.append(row[: stops[0] + 1] if stops else row)
+        stops = [i for i, token in enumerate(row.tolist()) if i >= first and token in ends]
+        answers.append(row[before : stops[0] + 1] if stops else row[before:])
     return answers
 
 

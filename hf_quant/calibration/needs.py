@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class Needs:
         """Whether every sample is an image with a text: models with a tower for each, such as CLIP."""
         towers = all(hasattr(self.model_class, f"get_{tower}_features") for tower in ("image", "text"))
         return towers and self.kind == "encoder"
+
+    @property
+    def sees(self) -> bool:
+        """Whether it is a decoder of text that takes images too, such as LLaVA."""
+        return self.kind == "decoder" and "pixel_values" in inspect.signature(self.model_class.forward).parameters
 
     @property
     def start_token(self) -> int:

@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from hf_quant.calibration.generate import placeholders
+from hf_quant.calibration.seeing import continued
 from hf_quant.evaluation.bootstrap import increase_percent
 from hf_quant.evaluation.divergence import compare_logits
 from hf_quant.evaluation.encoders import logit_score
 from hf_quant.evaluation.examination import AGREEMENT, KL, Case, Examination, FigureOf, Score, placed, ratio
 
 ANSWER_TOKENS = 64
+_LANGUAGES = "both models are told the language that the float model detects in a clip, and to transcribe it"
 _WORDS = FigureOf("word_error", "word error of greedy answers", "share", ratio)
 _TOKENS = FigureOf("token_error", "token error of greedy answers", "share", ratio)
 _SAME = FigureOf("same_answer", "same greedy answer", "share")
@@ -55,7 +57,7 @@ class Answers(Examination):
         if self.start is not None:
             led = torch.tensor([[*prompt, *answer[:-1]]])
             return Case({**inputs, "decoder_input_ids": led}, len(prompt) - 1, answer)
-        return Case(_continued(inputs, answer[:-1]), inputs["input_ids"].shape[1] - 1, answer)
+        return Case(continued(inputs, answer[:-1]), inputs["input_ids"].shape[1] - 1, answer)
 
     def score(self, case: Case, reference: Any, model: Any) -> tuple[Score, None]:
         """KL and agreement along one text, the losses on it where it is the input's own, and the answer's edits."""
@@ -95,6 +97,8 @@ class Answers(Examination):
         languages = getattr(settings, "lang_to_id", None)
         if not languages or not hasattr(reference, "detect_language"):
             return [self.start]
+        if _LANGUAGES not in self.notes:
+            self.notes = (*self.notes, _LANGUAGES)
         features = placed(inputs, reference)[reference.main_input_name]
         spoken = int(reference.detect_language(features, generation_config=settings)[0])
         tasks = getattr(settings, "task_to_id", None) or {}
@@ -117,18 +121,6 @@ class Answers(Examination):
         # speech models override generate with a transcription of long sounds of their own: take the plain one
         ids = GenerationMixin.generate(model, **given, generation_config=settings)[0].tolist()
         return tuple(ids[len(prompt) or inputs["input_ids"].shape[1] :])
-
-
-def _continued(inputs: Mapping[str, Tensor], answer: Sequence[int]) -> dict[str, Tensor]:
-    """Inputs with more tokens at the end of the text; masks go on with ones, types of tokens with zeros."""
-    whole = inputs["input_ids"].shape
-    longer = {}
-    for name, value in inputs.items():
-        if value.shape == whole and not value.is_floating_point():
-            more = list(answer) if name == "input_ids" else [int(name == "attention_mask")] * len(answer)
-            value = torch.cat((value, torch.tensor([more], dtype=value.dtype)), dim=1)
-        longer[name] = value
-    return longer
 
 
 def edits(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -58,7 +58,10 @@ class Pairs(Examination):
         FigureOf(DISTANCE.name, "1 − cosine of image embeddings", "number"),
         FigureOf("text_distance", "1 − cosine of caption embeddings", "number"),
     )
-    notes = (f"{len(CAPTIONS)} fixed captions, from “{CAPTIONS[0]}” to “{CAPTIONS[-1]}”",)
+    notes = (
+        f"{len(CAPTIONS)} fixed captions, from “{CAPTIONS[0]}” to “{CAPTIONS[-1]}”; they are the same for every image, "
+        "so the figure of their embeddings does not vary over images",
+    )
 
     def __init__(self, captions: Mapping[str, Tensor]) -> None:
         self.captions = captions

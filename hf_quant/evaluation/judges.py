@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
-
 from hf_quant.calibration.needs import Needs, find_needs
+from hf_quant.calibration.processors import Part, image_prompt
 from hf_quant.errors import EvaluationError, HfQuantError
 from hf_quant.evaluation.answers import Answers
 from hf_quant.evaluation.classifiers import Classes, Pairs, caption_inputs
@@ -165,7 +164,7 @@ class _Maker:
     def described(self) -> list[Examiner]:
         """Images that a model answers about; without a folder and a processor none, which the log says."""
         try:
-            processor = self.part("processor", AutoProcessor, "processor")
+            processor = self.part("processor")
             if getattr(processor, "image_processor", None) is None:
                 raise EvaluationError(f"the processor of {self.reference.label} reads no images.", "pass processor=...")
         except HfQuantError as error:
@@ -173,7 +172,7 @@ class _Maker:
                 raise
             logger.warning("%s is measured on text alone: %s", self.candidate.label, error)
             return []
-        prompt = _prompt(processor)
+        prompt = image_prompt(processor, QUESTION)
 
         def read(images: Any, return_tensors: str) -> Any:
             return processor(images=images, text=prompt, return_tensors=return_tensors)
@@ -194,29 +193,12 @@ class _Maker:
     def reader(self, seen: str) -> Any:
         """The image processor or the feature extractor."""
         if seen == "images":
-            return self.part("image_processor", AutoImageProcessor, "image processor")
-        return self.part("feature_extractor", AutoFeatureExtractor, "feature extractor")
+            return self.part("image_processor")
+        return self.part("feature_extractor")
 
-    def part(self, attribute: str, auto_class: Any, what: str) -> Any:
+    def part(self, part: Part) -> Any:
         """A part of the processor that was given, the processor itself, or one that lies beside the models."""
         given = self.request.processor
         if given is not None:
-            return getattr(given, attribute, None) or given
-        return load_beside(auto_class, what, self.reference, self.candidate)
-
-
-def _prompt(processor: Any) -> str:
-    """A question about one image, as the chat template writes it, or after the processor's image token."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        rendered: str = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        return rendered
-    token = getattr(processor, "image_token", None)
-    if not token:
-        raise EvaluationError(
-            f"{type(processor).__name__} has neither a chat template nor an image token.",
-            "save a chat template with it.",
-        )
-    return f"{token}\n{QUESTION}"
+            return getattr(given, part, None) or given
+        return load_beside(part, self.reference, self.candidate)

@@ -35,6 +35,11 @@ class Kind:
         """Whether it continues plain text, token by token."""
         return self.measure in ("causal", "image-text")
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether it generates text, from whatever input."""
+        return self.measure in ("causal", "image-text", "speech", "text-to-text")
+
 
 # Classes as transformers registers them, and what they are; the first mapping that has a class wins. Models that read
 # images come before plain decoders, because transformers lists some of them as both.

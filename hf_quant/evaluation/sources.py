@@ -13,10 +13,11 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from hf_quant.calibration.processors import LOADING_ERRORS, Part, load_part
 from hf_quant.errors import DependencyError, EvaluationError, HfQuantError, OutputError
 from hf_quant.evaluation.kinds import Kind, kind_of
 from hf_quant.provenance import exported_as
@@ -150,21 +151,25 @@ def opened(
 
 def load_tokenizer(reference: Origin, candidate: Origin) -> Any:
     """The reference's tokenizer, or the candidate's where the reference has none; raises EvaluationError."""
-    return load_beside(AutoTokenizer, "tokenizer", reference, candidate)
+    return load_beside("tokenizer", reference, candidate)
 
 
-def load_beside(auto_class: Any, what: str, *origins: Origin) -> Any:
+def load_beside(part: Part, *origins: Origin) -> Any:
     """What lies beside a model, of the first that has it: a tokenizer, an image processor, a feature extractor.
 
     Raises:
         EvaluationError: none of them has one that loads.
+        DependencyError: it needs torchvision, which cannot be imported.
     """
+    what = part.replace("_", " ")
     problems = []
     for origin in origins:
         for place in origin.places:
             try:
-                return auto_class.from_pretrained(str(place), trust_remote_code=origin.trust_remote_code)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+                return load_part(part, place, origin.trust_remote_code)
+            except DependencyError:
+                raise
+            except LOADING_ERRORS as error:
                 problems.append(f"{origin.label}: {_first_line(error)}")
     raise EvaluationError(
         f"neither model has a {what} that loads ({'; '.join(problems)}).",

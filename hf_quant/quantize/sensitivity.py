@@ -18,6 +18,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -138,14 +139,19 @@ def _rows(layer: LayerMenu, rows: int, seed: int) -> tuple[torch.Tensor, bool]:
 
 
 def take_samples(batches: Sequence[Mapping[str, torch.Tensor]], samples: int) -> list[dict[str, torch.Tensor]]:
-    """The first samples, each as a batch of one; a batch whose tensors differ in length is taken whole."""
-    taken: list[dict[str, torch.Tensor]] = []
+    """The first samples, each as a batch of one; a batch whose tensors differ in length is taken whole.
+
+    Samples of several kinds (images with text, and text alone) take turns, the kind with the most inputs first.
+    """
+    kinds: dict[frozenset[str], list[dict[str, torch.Tensor]]] = {}
     for batch in batches:
         sizes = {value.shape[0] if value.ndim else 0 for value in batch.values()}
         size = sizes.pop() if len(sizes) == 1 else 0
         pieces = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(size)] if size else [dict(batch)]
+        taken = kinds.setdefault(frozenset(batch), [])
         taken += pieces[: samples - len(taken)]
-    return taken
+    rounds = zip_longest(*sorted(kinds.values(), key=lambda taken: -len(taken[0])))
+    return [sample for turn in rounds for sample in turn if sample is not None][:samples]
 
 
 def _to(value: Any, device: torch.device) -> Any:

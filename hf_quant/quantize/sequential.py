@@ -135,10 +135,8 @@ class _Walk:
         self.started = time.perf_counter()
 
     def run(self) -> list[LayerResult]:
-        hooks = [
-            self.model.get_submodule(block.name).register_forward_pre_hook(self._entering(block), with_kwargs=True)
-            for block in self.blocks
-        ]
+        modules = [(self.model.get_submodule(block.name), block) for block in self.blocks]
+        hooks = [m.register_forward_pre_hook(self._entering(block), with_kwargs=True) for m, block in modules]
         pairs: list[_Pair] = []
         try:
             with uncached(self.model), watched(self.model, self.layers):
@@ -325,7 +323,9 @@ class _Walk:
             tuple(v.shape): v.to(self.device) for k, v in batch.items() if k.endswith("attention_mask") and v.ndim == 2
         }
         masks |= {(mask.numel(),): mask for mask in masks.values()}  # some models work on flattened tokens
-        held_out = len(self.data.batches) > 1 and index % HELD_OUT == min(HELD_OUT, len(self.data.batches)) - 1
+        # of each kind of batch its share: what only images reach is not judged on text
+        alike = [i for i, other in enumerate(self.data.batches) if other.keys() == batch.keys()]
+        held_out = len(alike) > 1 and alike.index(index) % HELD_OUT == min(HELD_OUT, len(alike)) - 1
         return _Pair(self._stream(index), self._stream(index), masks, held_out)
 
     def _stream(self, index: int, learn: bool = False) -> Stream:
@@ -353,9 +353,9 @@ class _Walk:
         return enter
 
     def _scout(self) -> None:
-        """Run one batch through the first block of every kind, to learn which layers add to a residual stream."""
+        """Run the batch of most inputs through one block of each kind: which layers add to a residual stream?"""
         unseen = {block.kind for block in self.blocks}
-        scout = self._stream(0, learn=True)
+        scout = self._stream(max(range(len(self.data.batches)), key=lambda i: len(self.data.batches[i])), learn=True)
         trace = scout._trace
         assert trace is not None
         self._advance(scout, None)

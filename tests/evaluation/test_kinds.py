@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
 import hf_quant
 from hf_quant import HfQuantConfig
@@ -20,16 +21,19 @@ from hf_quant.calibration import load_calibration
 from hf_quant.card import BaseCard, write_card
 from hf_quant.errors import CalibrationError, EvaluationError
 from hf_quant.evaluation import EvaluationResult, evaluate, evaluate_directory, synthetic
-from hf_quant.evaluation.answers import edits
+from hf_quant.evaluation.answers import Answers, edits
 from hf_quant.evaluation.encoders import Pooling, cosine_distance
 from hf_quant.evaluation.kinds import kind_of
 from hf_quant.evaluation.table import markdown
+from hf_quant.integrations.calibrated import Session
+from hf_quant.quantize.contracts import LayerResult
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kinds
 
 QUICK = {"windows": 4, "repeats": 1, "bootstrap_samples": 100, "progress": False}
-IMAGES = ("vit", "dinov2", "clip", "siglip", "llava")
+SEEING = ("llava", "qwen2_vl")
+IMAGES = ("vit", "dinov2", "clip", "siglip", *SEEING)
 CASES = {
     "bert": ("feature-extraction", "embedding_distance"),
     "bert-mlm": ("fill-mask", "kl"),
@@ -37,11 +41,13 @@ CASES = {
     "bert-tokens": ("token-classification", "kl"),
     "t5": ("text2text-generation", "perplexity_increase_percent"),
     "whisper": ("automatic-speech-recognition", "kl"),
+    "whisper-languages": ("automatic-speech-recognition", "kl"),
     "wav2vec2": ("automatic-speech-recognition", "kl"),
     "vit": ("image-classification", "kl"),
     "dinov2": ("image-feature-extraction", "embedding_distance"),
     "clip": ("zero-shot-image-classification", "top1_agreement"),
     "llava": ("image-text-to-text", "kl"),
+    "qwen2_vl": ("image-text-to-text", "kl"),
 }
 
 
@@ -58,7 +64,7 @@ def made(tmp_path_factory, tiny_tokenizer):
             source = kinds.save(name, root / name, tiny_tokenizer)
             out = root / f"{name}-int4"
             hf_quant.quantize(str(source), HfQuantConfig(method="absmax"), out)
-            length = 48 if name in kinds.TEXTUAL or name == "llava" else None
+            length = 48 if name in (*kinds.TEXTUAL, *SEEING) else None
             evaluate_directory(out, str(source), length=length, int8_activations=False, **QUICK)
             done[name] = source, out
         return done[name]
@@ -81,7 +87,7 @@ def test_measured_recorded_and_on_the_card(made, name):
             assert figure.title in markdown(result)
         loss = samples.figure("kl") or samples.figure("embedding_distance")
         assert loss.value.value > loss.noise_floor.value > 0
-    assert bool(result.texts) is (name == "llava") is not bool(result.throughput)
+    assert bool(result.texts) is (name in SEEING) is not bool(result.throughput)
     text = write_card(out, base_card=BaseCard({"license": "apache-2.0"})).read_text(encoding="utf-8")
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["pipeline_tag"] == task
@@ -89,14 +95,19 @@ def test_measured_recorded_and_on_the_card(made, name):
     for figure in result.samples[0].figures:
         assert (figure.name, float(f"{figure.value.value:.6g}")) in measured
     assert ("are made up by hf-quant" in text) is (name not in kinds.TEXTUAL)
-    assert ("vllm serve" in text) is (name == "llava")
+    assert ("vllm serve" in text) is (name in SEEING)
+    assert ("torchvision" in text) is (name == "qwen2_vl")
+    assert (out / "plots" / "samples.png").is_file() and "](plots/samples.png)" in text
+    assert ("told the language that the float model detects" in text) is (name == "whisper-languages")
     for snippet in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         compile(snippet, "snippet", "exec")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "t5", "whisper", "vit", "clip", "llava"])
+@pytest.mark.parametrize("name", ["bert", "t5", "whisper", "whisper-languages", "vit", "clip", "llava", "qwen2_vl"])
 def test_printed_snippets_run_as_they_are(made, name):
+    if name == "qwen2_vl":
+        pytest.importorskip("torchvision", reason="AutoProcessor loads Qwen2-VL's processor only beside torchvision")
     _, out = made(name)
     text = write_card(out, base_card=BaseCard({"license": "apache-2.0"})).read_text(encoding="utf-8")
     found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -128,6 +139,47 @@ def test_own_images(made, tmp_path):
         evaluate(out, source, media=f"audio:{tmp_path}", **QUICK)
     with pytest.raises(EvaluationError, match="reads images, not texts"):
         evaluate(out, source, texts=["docs"], **QUICK)
+
+
+def test_speech_is_led_by_its_language_and_task(made):
+    source, _ = made("whisper-languages")
+    processor = AutoProcessor.from_pretrained(source)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(source).eval()
+    sound = np.sin(np.arange(32_000) / 20).astype(np.float32)
+    row = dict(processor(sound, sampling_rate=16_000, return_tensors="pt"))
+    judge = Answers(1, processor.tokenizer, longest=8)
+    case = judge.prepare(model, row)
+    languages = model.generation_config.lang_to_id.values()
+    logits = model(**row, decoder_input_ids=torch.tensor([[1]])).logits[0, -1]
+    likelier = max(languages, key=lambda token: float(logits[token]))
+    prompt = case.inputs["decoder_input_ids"][0, : case.first + 1].tolist()
+    assert prompt == [1, likelier, 306, 307]  # start, language, transcribe, no timestamps
+    model.generation_config.task_to_id = None  # of models without tasks
+    assert judge.prepare(model, row).first == 2
+    scores, _ = judge.score(case, model, model)
+    assert scores["same_answer"] == (1.0,) and scores["token_error"][0] == 0
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_images_reach_every_layer(made, tmp_path, name):
+    source, _ = made(name)
+    synthetic.images(tmp_path, 6, 0)
+    found = []
+    for calibration in (f"images:{tmp_path}+docs", "docs"):
+        results: dict[str, LayerResult] = {}
+        session = Session(on_layer=lambda step, into=results: into.update({step.result.name: step.result}))
+        config = HfQuantConfig(preset="balanced", calibration={"source": calibration, "samples": 10, "length": 32})
+        hf_quant.quantize(str(source), config, tmp_path / "out", overwrite=True, session=session)
+        found.append(results)
+    seen, unseen = found
+    blind = {layer for layer in seen if "language_model" not in layer}
+    merged = {layer for layer in blind if ".merger." in layer}  # 4 tokens an image: too few here, and said so
+    assert len(blind) > 8
+    for layer, result in seen.items():
+        assert result.method == ("search" if layer in merged else "gptq") and result.tokens > 0, layer
+    for layer, result in unseen.items():
+        assert result.method == ("search" if layer in blind else "gptq"), layer
+        assert (result.note == "only 0 calibration tokens reached it: data-free") is (layer in blind)
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "whisper", "wav2vec2", "vit", "clip", "siglip"])
