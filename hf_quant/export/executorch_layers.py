@@ -45,7 +45,7 @@ def holds(tensor: QuantizedTensor, looked_up: bool = False) -> str | None:
     if columns % 2:
         return f"two columns share a byte, and it has {columns}"
     scale = tensor.scales().float()
-    if not bool((scale.isfinite() & (scale >= torch.finfo(torch.float32).smallest_normal)).all()):
+    if not bool((scale.isfinite() & ((scale == 0) | (scale >= torch.finfo(torch.float32).smallest_normal))).all()):
         return "one of its scales is not a normal positive number"
     group = scheme.group(columns)
     if looked_up or group == columns:
@@ -100,8 +100,12 @@ class _Layer(nn.Module):
         self.bits, self.group = tensor.scheme.bits, tensor.scheme.group(tensor.shape[1])
         self.least, self.most = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         signed = (tensor.codes().to(torch.int16) + self.least).to(torch.int8)
+        scale = tensor.scales().float()
+        # XNNPACK refuses a scale of 0 (a row of padding has it): zeros times 1 are the same weights
+        empty = scale == 0
+        signed = signed.masked_fill(empty.repeat_interleave(self.group, dim=1), 0)
         self.register_buffer("codes", signed, persistent=False)
-        self.register_buffer("scale", tensor.scales().float().contiguous(), persistent=False)
+        self.register_buffer("scale", scale.masked_fill(empty, 1).contiguous(), persistent=False)
 
 
 class Product(_Layer):

@@ -169,9 +169,14 @@ def test_models_and_scales_that_are_none_are_refused() -> None:
     bert = AutoConfig.for_model("bert", **{**SIZES, "num_hidden_layers": 1})
     with pytest.raises(FormatError, match="it has to be a causal language model"):
         executorch_file.check(AutoModel.from_config(bert))
-    codes = torch.zeros(2, 32, dtype=torch.uint8)
-    zero = QuantizedTensor.from_codes(codes, torch.tensor([[1.0], [0.0]]), None, Scheme(group_size=32))
-    assert executorch_layers.holds(zero) == "one of its scales is not a normal positive number"
+    codes = torch.randint(0, 16, (2, 64), dtype=torch.uint8)
+    scale = torch.tensor([[1.0, 0.0], [0.5, 2.0]])
+    zero = QuantizedTensor.from_codes(codes, scale, None, Scheme(group_size=32))
+    negative = QuantizedTensor.from_codes(codes, scale - 1, None, Scheme(group_size=32))
+    assert executorch_layers.holds(negative) == "one of its scales is not a normal positive number"
+    layer = executorch_layers.Product(zero, None)  # XNNPACK has no scale of 0: other numbers for the same weights
+    assert executorch_layers.holds(zero) is None and bool((layer.scale > 0).all())
+    assert torch.equal(layer.codes * layer.scale.repeat_interleave(32, dim=1), zero.dequantize())
 
 
 def test_a_table_of_4_bits_has_the_even_column_above() -> None:
