@@ -132,7 +132,7 @@ def test_bad_requests(quantized, tiny_llama, tmp_path) -> None:
     with pytest.raises(OutputExistsError):
         convert(quantized("int4"), tmp_path / "taken", "gptq")
     assert set(TARGETS) == {"compressed-tensors", "gptq", "awq", "bitsandbytes"}
-    assert set(NAMES) == {*TARGETS, "gguf", "modelopt", "onnx", "openvino"}
+    assert set(NAMES) == {*TARGETS, "executorch", "gguf", "modelopt", "onnx", "openvino"}
 
 
 def test_the_command(quantized, tmp_path) -> None:

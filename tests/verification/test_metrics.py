@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hf_quant
+from hf_quant.card import write_card
 from hf_quant.checkpoint import RESULTS_FILE
 from hf_quant.errors import CheckpointError, ConfigError
 from hf_quant.evaluation import EvaluationResult
@@ -52,6 +53,9 @@ def test_a_text_that_is_not_there_or_another_one(
 
 
 def test_the_reference_has_to_be_known(checkpoint: Path) -> None:
+    report = hf_quant.verify(checkpoint, metrics=True, progress=False)  # org/base is on no Hub that can be reached
+    assert not report.ok and report.problems[-1].check == "metrics"
+    write_card(checkpoint)  # without the Hub's name for it, the name of a local copy is all that is known
     with pytest.raises(CheckpointError, match=r"only the name of its base model.*--reference"):
         hf_quant.verify(checkpoint, metrics=True, progress=False)
     with pytest.raises(ConfigError, match="add --metrics"):
