@@ -1,7 +1,7 @@
 """model_cards/: real checkpoints of SmolLM2-135M-Instruct, made, measured, carded and verified by hf-quant's commands.
 
 usage: python scripts/make_cards.py WORK [--recipe configs/int4.yaml ...] [--reference MODEL] [--no-tasks]
-                                     [--until quantize|evaluate|card] [--cards model_cards]
+                                     [--task-limit N] [--until quantize|evaluate|card] [--cards model_cards]
 
 Every step is the command that a user would type; one whose result lies in WORK is not run again, so an interrupted run
 goes on. The checkpoints stay in WORK; their cards with plots and evaluation.json are copied to --cards, with the table
@@ -53,8 +53,8 @@ def has_tasks(directory: Path) -> bool:
     return file.is_file() and bool(EvaluationResult.read(file).tasks)
 
 
-def make(recipe: Path, target: Path, reference: Path, tasks: bool, until: str) -> None:
-    """Quantize, evaluate, card and verify one checkpoint, as far as ``until``."""
+def make(recipe: Path, target: Path, reference: Path, tasks: Sequence[str], until: str) -> None:
+    """Quantize, evaluate, card and verify one checkpoint, as far as ``until``; ``tasks`` are options of evaluate."""
     if not (target / MANIFEST_FILE).is_file():
         run("quantize", reference, "-o", target, "--recipe", recipe, "--dtype", "bfloat16")
     if until == "quantize":
@@ -62,7 +62,7 @@ def make(recipe: Path, target: Path, reference: Path, tasks: bool, until: str) -
     if not (target / RESULTS_FILE).is_file():
         run("evaluate", target, "--reference", reference)
     if tasks and not has_tasks(target):
-        run("evaluate", target, "--reference", reference, "--tasks", "builtin", "--only-tasks")
+        run("evaluate", target, "--reference", reference, *tasks, "--only-tasks")
     if until == "evaluate":
         return
     run("card", target, "--base-model", BASE_MODEL)
@@ -86,15 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", type=Path, action="append", help="default: configs/{int4,nf4,int8}.yaml")
     parser.add_argument("--reference", type=Path, help="the float model (default: the demo's SmolLM2)")
     parser.add_argument("--no-tasks", action="store_true")
+    parser.add_argument("--task-limit", type=int, metavar="N", help="so many items of every task (default: all)")
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1])
     parser.add_argument("--cards", type=Path, default=ROOT / "model_cards")
     chosen = parser.parse_args(arguments)
     reference = (chosen.reference or default_model()).resolve()
     recipes = chosen.recipe or [ROOT / "configs" / f"{name}.yaml" for name in RECIPES]
+    tasks = [] if chosen.no_tasks else ["--tasks", "builtin"]
+    if tasks and chosen.task_limit:
+        tasks += ["--limit", str(chosen.task_limit)]
     checkpoints = []
     for recipe in recipes:
         target = chosen.work.resolve() / name_of(recipe)
-        make(recipe.resolve(), target, reference, not chosen.no_tasks, chosen.until)
+        make(recipe.resolve(), target, reference, tasks, chosen.until)
         checkpoints.append(target)
     if chosen.until != STEPS[-1]:
         return

@@ -82,12 +82,22 @@ def test_logits_from_the_cache_are_those_of_rounded_inputs(case, tmp_path) -> No
     ids = torch.arange(5, 17)[None]
     with torch.no_grad():
         expected = _rounded(quantized)(ids).logits
-        plain = hf_quant.load(quantized, kernel="reference", dtype=torch.float32)(ids).logits
+    unrounded = hf_quant.load(quantized, kernel="reference", dtype=torch.float32)
     found = executorch_file.run(tmp_path / "out" / "model.pte", ids, 7)
-    far = float((plain - expected).abs().max())
-    # rounding the inputs is what changes logits: without it the difference is many times larger
-    assert float((found - expected).abs().mean()) < 0.1 * float((plain - expected).abs().mean()), far
-    assert float((found - expected).abs().max() / expected.abs().max()) < 0.005
+    # where a value lies between two roundings, the order of sums decides, and what comes after it goes another way
+    assert float((found - expected).abs().max() / expected.abs().max()) < 0.02
+    forward = executorch_file.Runtime.get().load_program(tmp_path / "out" / "model.pte").load_method("forward")
+    alone = [token[None, None] for token in ids[0]]
+    first = torch.cat([forward.execute([token, torch.tensor([0])])[0].clone() for token in alone])
+    with torch.no_grad():
+        expected = torch.cat([_rounded(quantized)(token).logits for token in alone])
+    bound = 1e-4 * float(expected.abs().max())
+    off = (first - expected).abs().amax(dim=(1, 2))
+    assert int((off < bound).sum()) >= 9, off  # of 12
+    # rounding the inputs is what changes logits: without it hardly any are the same
+    with torch.no_grad():
+        plain = torch.cat([unrounded(token).logits for token in alone])
+    assert int(((plain - expected).abs().amax(dim=(1, 2)) < bound).sum()) <= 3
 
 
 def test_the_codes_are_in_the_file(tmp_path) -> None:
