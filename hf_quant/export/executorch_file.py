@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from hf_quant.cache_name import CACHE
 from hf_quant.errors import FormatError
 from hf_quant.export import Written, executorch_layers, float_config
+from hf_quant.export.tracing import quiet
 
 FILE = "model.pte"
 CONTEXT = 1024  # tokens of a conversation: the cache is as long from the start, and every token attends to all of it
@@ -136,7 +133,7 @@ def lower(model: PreTrainedModel, length: int) -> Any:
     tokens = torch.export.Dim("tokens", min=1, max=length - 1)
     sample = {"input_ids": torch.tensor([[3, 4, 5]]), "cache_position": torch.arange(3)}
     shapes = {"input_ids": {1: tokens}, "cache_position": {0: tokens}}
-    with _quiet():
+    with quiet(*_NOISY):
         try:
             traced = torch.export.export(decoder, (), sample, dynamic_shapes=shapes, strict=False)
             edge = to_edge_transform_and_lower(
@@ -185,19 +182,3 @@ def run(file: Path, ids: torch.Tensor, first: int) -> torch.Tensor:
 
 def _lost(node: Any) -> bool:
     return node.op == "call_function" and "quantize_per" in str(node.target)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, the libraries that trace report errors only: their warnings are about their own code."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from hf_quant.errors import FormatError
+from hf_quant.export.tracing import refuse_experts
 from hf_quant.nn.embedding import QuantEmbedding
-from hf_quant.nn.experts import SplitExperts
 from hf_quant.nn.linear import QuantLinear
 from hf_quant.nn.swap import quantized_modules, shared_heads
 from hf_quant.tensor import QuantizedTensor
@@ -66,13 +66,7 @@ def put_operators(model: nn.Module) -> None:
         FormatError: they cannot hold a layer exactly; all layers are looked at before any is replaced.
     """
     layers, heads = dict(quantized_modules(model)), dict(shared_heads(model))
-    for name, module in model.named_modules():
-        if isinstance(module, SplitExperts):
-            raise FormatError(
-                f"{name} cannot be converted: which of its experts compute depends on the tokens, and a graph has no "
-                "such choice.",
-                "choose another --to.",
-            )
+    refuse_experts(model)
     weights = {name: (layer.quantized(), isinstance(layer, QuantEmbedding)) for name, layer in layers.items()}
     weights |= {name: (head.table.quantized(), False) for name, head in heads.items()}
     for name, (tensor, looked_up) in weights.items():

@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +23,7 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 from hf_quant.cache_name import CACHE, cache_of
 from hf_quant.errors import FormatError
 from hf_quant.export.onnx_layers import MICROSOFT, OPSET
+from hf_quant.export.tracing import quiet
 
 _STAY = "keep the format that the checkpoint has, or choose another --to."
 _ROWS, _PAST, _NEWS = 2, 3, 5  # sizes of the inputs that are traced: all different, none 1
@@ -59,7 +57,7 @@ def trace(model: PreTrainedModel) -> tuple[ir.Model, str]:
     inputs = inputs_of(model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=inputs.dynamic, opset_version=OPSET)
     # the exporter reports its steps on the standard output, which is not ours to fill
-    with contextlib.redirect_stdout(io.StringIO()), _quiet():
+    with contextlib.redirect_stdout(io.StringIO()), quiet(*_NOISY):
         try:
             program, _ = OnnxExporter().export_program(model, dict(inputs.values), config)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
@@ -173,19 +171,3 @@ def _rename(graph: ir.Graph, inputs: Inputs) -> None:
                 dim if isinstance(dim, int) else symbols.sub(lambda match: axes[match[0]], str(dim.value))
                 for dim in value.shape
             )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, the libraries that trace report errors only: their warnings are about their own code."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from hf_quant.errors import FormatError
+from hf_quant.export.tracing import refuse_experts
 from hf_quant.nn.embedding import QuantEmbedding
-from hf_quant.nn.experts import SplitExperts
 from hf_quant.nn.linear import QuantLinear
 from hf_quant.nn.swap import quantized_modules, shared_heads
 from hf_quant.tensor import QuantizedTensor, pack_codes
@@ -55,13 +55,7 @@ def put_nodes(model: nn.Module, int8_inputs: bool = False) -> None:
         FormatError: the nodes cannot hold a layer exactly; all layers are looked at before any is replaced.
     """
     layers, heads = dict(quantized_modules(model)), dict(shared_heads(model))
-    for name, module in model.named_modules():
-        if isinstance(module, SplitExperts):
-            raise FormatError(
-                f"{name} cannot be converted: which of its experts compute depends on the tokens, and a graph has no "
-                "such choice.",
-                "choose another --to.",
-            )
+    refuse_experts(model)
     for name, layer in layers.items():
         reason = holds(layer.quantized(), isinstance(layer, QuantEmbedding))
         if reason is not None:
