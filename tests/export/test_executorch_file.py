@@ -84,8 +84,13 @@ def test_logits_from_the_cache_are_those_of_rounded_inputs(case, tmp_path) -> No
         expected = _rounded(quantized)(ids).logits
     unrounded = hf_quant.load(quantized, kernel="reference", dtype=torch.float32)
     found = executorch_file.run(tmp_path / "out" / "model.pte", ids, 7)
-    # where a value lies between two roundings, the order of sums decides, and what comes after it goes another way
-    assert float((found - expected).abs().max() / expected.abs().max()) < 0.02
+    # where a value lies between two roundings, the order of sums decides, and what comes after it goes another way:
+    # so it does in table8, whose tokens are compared one by one below
+    assert float((found - expected).abs().max() / expected.abs().max()) < (0.02 if case == "table8" else 0.005)
+    if case != "table8":
+        with torch.no_grad():
+            far = float((unrounded(ids).logits - expected).abs().mean())
+        assert float((found - expected).abs().mean()) < 0.1 * far
     forward = executorch_file.Runtime.get().load_program(tmp_path / "out" / "model.pte").load_method("forward")
     alone = [token[None, None] for token in ids[0]]
     first = torch.cat([forward.execute([token, torch.tensor([0])])[0].clone() for token in alone])
